@@ -1,0 +1,4 @@
+"""TODO"""
+
+if not __name__.startswith("fnml."):
+    raise ImportError("import fnml.pallas_kernels: as a top-level module it would be a second copy")
