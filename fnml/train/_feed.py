@@ -1,0 +1,79 @@
+"""Bring batches to the step: prefetched where the source can, one by one where not."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+PyTree = Any
+Sizes = Callable[[], Iterator[int | None]]
+
+
+class Feed:
+    """Yield ``(size, batch)``: ``size`` is ``None`` for one batch ``[B, ...]``, else how many of
+    the ``fuse`` batches stacked along the leading axis are real."""
+
+    def __init__(self, elements: Iterator[PyTree], sizes: Iterator[int | None], source: Any):
+        self._elements = elements
+        self._sizes = sizes
+        self._source = source
+        self._waited = 0.0
+
+    def __next__(self) -> tuple[int | None, PyTree]:
+        began = time.perf_counter()
+        size = next(self._sizes)
+        batch = next(self._elements)
+        self._waited += time.perf_counter() - began
+        return size, batch
+
+    @property
+    def waited(self) -> float:
+        """Seconds spent waiting for data."""
+        return self._waited
+
+    def close(self) -> None:
+        """Stop the source's thread, if it has one."""
+        if hasattr(self._source, "close"):
+            self._source.close()
+
+
+def open_feed(batches: Iterable[PyTree], fuse: int, sizes: Sizes) -> Feed:
+    """Open ``batches`` for reading in blocks.
+
+    What has a method ``feed(sizes, place=...)``, as :class:`fnml.data.Batches` does, stacks and
+    prefetches blocks itself; anything else is iterated and stacked here.
+    """
+    if hasattr(batches, "feed"):
+        if fuse == 1:
+            source = batches.feed(sizes())
+        else:
+            source = batches.feed(sizes(), place=lambda block: jax.device_put(_pad(block, fuse)))
+        return Feed(iter(source), sizes(), source)
+    return Feed(_stacked(iter(batches), fuse, sizes()), sizes(), None)
+
+
+def _pad(block: PyTree, count: int) -> PyTree:
+    """Lengthen a short block to the compiled size; the steps beyond its own are not run."""
+
+    def pad(x: np.ndarray) -> np.ndarray:
+        missing = count - x.shape[0]
+        return np.concatenate([x, np.repeat(x[-1:], missing, axis=0)]) if missing else x
+
+    return jax.tree.map(pad, block)
+
+
+def _stacked(batches: Iterator[PyTree], fuse: int, sizes: Iterator[int | None]) -> Iterator[PyTree]:
+    for size in sizes:
+        if size is None:
+            batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
+            continue
+        block = [batch for _, batch in zip(range(size), batches, strict=False)]
+        if len(block) < size:
+            return
+        stacked = jax.tree.map(lambda *xs: np.stack([np.asarray(x) for x in xs]), *block)
+        yield _pad(stacked, fuse)

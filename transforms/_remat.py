@@ -1,0 +1,124 @@
+"""Trade memory for time: recompute activations in the backward pass."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax import lax
+from jax.extend import core as jex_core
+
+from fnml.core import ConfigError, nearest
+
+PyTree = Any
+
+POLICIES: dict[str, Any] = {
+    "nothing": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_saveable,
+    "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "everything": jax.checkpoint_policies.everything_saveable,
+}
+
+
+def _policy(policy: str | tuple[str, ...] | Callable[..., Any]) -> Any:
+    if callable(policy):
+        return policy
+    if isinstance(policy, tuple):
+        return jax.checkpoint_policies.save_only_these_names(*policy)
+    if policy not in POLICIES:
+        raise ConfigError(
+            f"remat has no policy {policy!r}; it takes {', '.join(POLICIES)}, a tuple of "
+            f"checkpoint names, or a function of jax.checkpoint_policies.{nearest(policy, POLICIES)}"
+        )
+    return POLICIES[policy]
+
+
+def _run(jaxpr: Any, consts: Any, args: Any, policy: Any) -> list[Any]:
+    """Evaluate a jaxpr with every scan's body wrapped in ``jax.checkpoint``."""
+    env: dict[Any, Any] = {}
+
+    def read(atom: Any) -> Any:
+        return atom.val if isinstance(atom, jex_core.Literal) else env[atom]
+
+    env.update(zip(jaxpr.constvars, consts, strict=True))
+    env.update(zip(jaxpr.invars, args, strict=True))
+    for eqn in jaxpr.eqns:
+        values = [read(atom) for atom in eqn.invars]
+        if eqn.primitive.name == "scan":
+            out = _scan(eqn.params, values, policy)
+        elif eqn.primitive.name in ("jit", "pjit"):
+            inner = eqn.params["jaxpr"]
+            out = _run(inner.jaxpr, inner.consts, values, policy)
+        else:
+            subfuns, params = eqn.primitive.get_bind_params(eqn.params)
+            out = eqn.primitive.bind(*subfuns, *values, **params)
+            out = out if eqn.primitive.multiple_results else [out]
+        env.update(zip(eqn.outvars, out, strict=True))
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+def _scan(params: dict[str, Any], values: list[Any], policy: Any) -> list[Any]:
+    """Bind a scan again with its body rematerialised."""
+    consts = params["num_consts"]
+    carried = consts + params["num_carry"]
+    fixed, init, xs = values[:consts], values[consts:carried], values[carried:]
+    run = jax.checkpoint(jex_core.jaxpr_as_fun(params["jaxpr"]), policy=policy, prevent_cse=False)
+
+    def body(carry: list[Any], x: list[Any]) -> tuple[list[Any], list[Any]]:
+        out = run(*fixed, *carry, *x)
+        return out[: len(init)], out[len(init) :]
+
+    carry, ys = lax.scan(
+        body, init, xs, params["length"], params["reverse"], unroll=params["unroll"]
+    )
+    return [*carry, *ys]
+
+
+def remat(
+    function: Callable[..., PyTree],
+    policy: str | tuple[str, ...] | Callable[..., Any] = "nothing",
+    *,
+    scope: str = "layers",
+) -> Callable[..., PyTree]:
+    """Recompute activations in the backward pass instead of keeping them.
+
+    Law: ``remat(f) == f`` and ``grad(remat(f)) == grad(f)``, bit for bit.
+
+    Args:
+      function: a loss, or any function that is differentiated later; it has to come before
+        ``jax.value_and_grad``, since there is nothing left to recompute after it.
+      policy: what to keep: ``"nothing"``, ``"dots"`` (results of matrix products),
+        ``"dots_no_batch"`` (those without batch dimensions), ``"everything"``, a tuple of names
+        given with ``jax.ad_checkpoint.checkpoint_name``, or a policy function of JAX.
+      scope: ``"layers"`` rematerialises the body of every ``lax.scan`` on its own, so that the
+        backward pass holds one layer's activations at a time; ``"whole"`` rematerialises the
+        function as one piece.
+
+    Raises:
+      ConfigError: the policy or the scope is unknown.
+
+    >>> import jax, jax.numpy as jnp
+    >>> def deep(w):
+    ...     return jax.lax.scan(lambda x, w: (jnp.sin(x * w), None), 1.0, w)[0]
+    >>> w = jnp.arange(3.0)
+    >>> bool((jax.grad(remat(deep))(w) == jax.grad(deep)(w)).all())
+    True
+    """
+    chosen = _policy(policy)
+    if scope == "whole":
+        return jax.checkpoint(function, policy=chosen)
+    if scope != "layers":
+        raise ConfigError(f"remat's scope is 'layers' or 'whole', got {scope!r}")
+
+    @functools.wraps(function)
+    def rematerialised(*args: Any, **options: Any) -> PyTree:
+        flat, tree = jax.tree.flatten(args)
+
+        def call(*leaves: Any) -> PyTree:
+            return function(*jax.tree.unflatten(tree, leaves), **options)
+
+        closed, shapes = jax.make_jaxpr(call, return_shape=True)(*flat)
+        out = _run(closed.jaxpr, closed.consts, flat, chosen)
+        return jax.tree.unflatten(jax.tree.structure(shapes), out)
+
+    return rematerialised
