@@ -1,6 +1,9 @@
 """Functional AI training on JAX: pure functions over parameter trees, and transforms with laws."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
 
+from fnml.core import FnmlError as FnmlError
 from fnml.core import Mean as Mean
 from fnml.core import Metrics as Metrics
 from fnml.core import Model as Model
@@ -9,5 +12,32 @@ from fnml.core import State as State
 from fnml.core import abstract as abstract
 from fnml.core import count as count
 from fnml.core import init as init
+from fnml.core import nearest as _nearest
+from fnml.core import shardings as shardings
+
+if TYPE_CHECKING:
+    from fnml import checkpoint as checkpoint
+    from fnml import data as data
+    from fnml import models as models
+    from fnml import pallas_kernels as pallas_kernels
+    from fnml import recipes as recipes
+    from fnml import sinks as sinks
+    from fnml import train as train
+    from fnml import transforms as transforms
 
 __version__ = "0.1.0"
+
+_PARTS = frozenset(
+    ("checkpoint", "data", "models", "pallas_kernels", "recipes", "sinks", "train", "transforms")
+)
+
+
+def __getattr__(name: str) -> Any:
+    """Import a part of fnml when it is first used, so that ``import fnml`` costs what JAX costs."""
+    if name in _PARTS:
+        return importlib.import_module(f"fnml.{name}")
+    raise AttributeError(f"fnml has no {name!r}.{_nearest(name, [*globals(), *_PARTS])}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PARTS})

@@ -19,9 +19,11 @@ def _describe(tree: PyTree) -> dict[str, str]:
 
 
 def _shape(x: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(
-        jnp.shape(x), x.dtype if hasattr(x, "dtype") else jnp.result_type(x)
-    )
+    dtype = x.dtype if hasattr(x, "dtype") else jnp.result_type(x)
+    if not jnp.issubdtype(dtype, jax.dtypes.extended):
+        # What jit makes of a host array: 64 bits become 32 unless JAX is told otherwise.
+        dtype = jax.dtypes.canonicalize_dtype(dtype)
+    return jax.ShapeDtypeStruct(jnp.shape(x), dtype)
 
 
 def check_step(step: Callable[..., Any], state: PyTree, batch: PyTree) -> dict[str, Mean]:
@@ -52,7 +54,7 @@ def check_step(step: Callable[..., Any], state: PyTree, batch: PyTree) -> dict[s
         for name in sorted(before.keys() | after.keys())
         if before.get(name) != after.get(name)
     ]
-    if not (faults or jax.tree.structure(state) == jax.tree.structure(new)):
+    if not faults and jax.tree.structure(state) != jax.tree.structure(new):  # type: ignore[operator]
         faults.append(f"{jax.tree.structure(state)} before, {jax.tree.structure(new)} after")
     if faults:
         raise ShapeError("a step has to return a state like the one given:\n" + "\n".join(faults))

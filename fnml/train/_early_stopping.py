@@ -27,10 +27,12 @@ def early_stopping(
       mode: whether lower or higher is better.
 
     Raises:
-      ConfigError: ``patience`` is below 1, or an evaluation has no such metric (when called).
+      ConfigError: ``patience`` is below 1, ``mode`` is unknown, or an evaluation has no such metric (when called).
     """
     if patience < 1:
         raise ConfigError(f"early_stopping needs a patience of at least 1, got {patience}")
+    if mode not in ("min", "max"):
+        raise ConfigError(f"early_stopping's mode is 'min' or 'max', got {mode!r}")
     sign = 1.0 if mode == "min" else -1.0
 
     def stop(progress: Progress) -> str | None:

@@ -15,18 +15,16 @@ class Feed:
     """Yield ``(size, batch)``: ``size`` is ``None`` for one batch ``[B, ...]``, else how many of
     the ``fuse`` batches stacked along the leading axis are real."""
 
-    def __init__(self, elements: Iterator[PyTree], sizes: Iterator[int | None], source: Any):
+    def __init__(self, elements: Iterator[tuple[int | None, PyTree]], source: Any):
         self._elements = elements
-        self._sizes = sizes
         self._source = source
         self._waited = 0.0
 
     def __next__(self) -> tuple[int | None, PyTree]:
         began = time.perf_counter()
-        size = next(self._sizes)
-        batch = next(self._elements)
+        element = next(self._elements)
         self._waited += time.perf_counter() - began
-        return size, batch
+        return element
 
     @property
     def waited(self) -> float:
@@ -49,9 +47,14 @@ def open_feed(batches: Iterable[PyTree], fuse: int, sizes: Sizes) -> Feed:
         if fuse == 1:
             source = batches.feed(sizes())
         else:
-            source = batches.feed(sizes(), place=lambda block: jax.device_put(_pad(block, fuse)))
-        return Feed(iter(source), sizes(), source)
-    return Feed(_stacked(iter(batches), fuse, sizes()), sizes(), None)
+            source = batches.feed(sizes(), place=lambda block: _place(_pad(block, fuse)))
+        return Feed(zip(sizes(), source, strict=False), source)
+    return Feed(_stacked(iter(batches), fuse, sizes()), None)
+
+
+def _place(block: PyTree) -> PyTree:
+    """Put a block on the device, but leave it to ``jit`` on CPU, which takes NumPy arrays fast."""
+    return block if jax.default_backend() == "cpu" else jax.device_put(block)
 
 
 def _pad(block: PyTree, count: int) -> PyTree:
@@ -64,16 +67,18 @@ def _pad(block: PyTree, count: int) -> PyTree:
     return jax.tree.map(pad, block)
 
 
-def _stacked(batches: Iterator[PyTree], fuse: int, sizes: Iterator[int | None]) -> Iterator[PyTree]:
+def _stacked(
+    batches: Iterator[PyTree], fuse: int, sizes: Iterator[int | None]
+) -> Iterator[tuple[int | None, PyTree]]:
     for size in sizes:
         if size is None:
             batch = next(batches, None)
             if batch is None:
                 return
-            yield batch
+            yield None, batch
             continue
         block = [batch for _, batch in zip(range(size), batches, strict=False)]
-        if len(block) < size:
+        if not block:
             return
         stacked = jax.tree.map(lambda *xs: np.stack([np.asarray(x) for x in xs]), *block)
-        yield _pad(stacked, fuse)
+        yield len(block), _pad(stacked, fuse)

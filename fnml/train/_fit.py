@@ -1,6 +1,5 @@
 """The training loop: a plain loop over a pure step, and what happens between steps."""
 
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,11 +8,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fnml.core import ConfigError, Mean, NonFiniteError, Row, Sink, State, path_name
+from fnml.core import ConfigError, DataError, Mean, NonFiniteError, Row, Sink, State, path_name
 from fnml.train._check import check_step
 from fnml.train._every import Every
 from fnml.train._feed import open_feed
-from fnml.train._logbook import Logbook, means, pack
+from fnml.train._logbook import Logbook, means, pack, to_json
 from fnml.train._step import Step
 from fnml.transforms import fuse as fuse_steps
 
@@ -107,6 +106,7 @@ def fit(
 
     Raises:
       ConfigError: an argument is out of range.
+      DataError: there is not a single batch.
       ShapeError: the step does not take this batch, or changes the state's shapes; found before
         anything is compiled.
       NonFiniteError: a loss or parameter became NaN or infinite. Nothing is saved after it.
@@ -122,9 +122,12 @@ def fit(
 
     schedules = [when for when in (eval_every, save_every, *(w for w, _ in callbacks)) if when]
     feed = open_feed(batches, fuse, lambda: _blocks(start, steps, fuse, schedules))
-    done, row, stopped = start, None, None
+    done, row, stopped, signalled = start, None, None, None
     try:
-        size, batch = next(feed)
+        try:
+            size, batch = next(feed)
+        except StopIteration:
+            raise DataError(f"there are no batches to go on with after step {start}") from None
         metrics = check_step(step, state, _first(batch) if fuse > 1 else batch)
         run = _compiled(step, fuse)
         book = Logbook(list(metrics), log_every, start, memory.get("log", ()))
@@ -136,8 +139,11 @@ def fit(
 
         def log(rows: Iterable[tuple[int, dict[str, float]]]) -> None:
             nonlocal row
+            timing: dict[str, float] = {}
             for at, values in rows:
-                row = Row(at, "train", values, clock.timing(at, samples, feed.waited, before))
+                # Rows read together were computed together: they share one measurement.
+                timing = timing or clock.timing(done, samples, feed.waited, before)
+                row = Row(at, "train", values, timing)
                 for sink in sinks:
                     sink.write(row)
 
@@ -197,8 +203,11 @@ def fit(
                 if due(i + 2, when):
                     log(book.rows())
                     stopped = callback(Progress(done, state, row, tuple(evals))) or stopped
-            signalled = should_stop() if stopped is None else None
-            if done >= steps or stopped or signalled:
+            if done >= steps:
+                stopped = None
+                break
+            signalled = None if stopped else should_stop()
+            if stopped or signalled:
                 break
             if save is not None and due(1, save_every):
                 log(book.rows())
@@ -224,8 +233,7 @@ def fit(
 
 
 def _to_json(row: Row) -> dict[str, Any]:
-    """JSON has no word for NaN: a metric that is not finite is kept as a string."""
-    values = {name: v if math.isfinite(v) else str(v) for name, v in row.values.items()}
+    values = {name: to_json(value) for name, value in row.values.items()}
     return {"step": row.step, "values": values, "timing": dict(row.timing)}
 
 

@@ -23,6 +23,11 @@ def means(metrics: Mapping[str, Mean]) -> dict[str, float]:
     return {name: float(t) / float(w) for name, (t, w) in host.items() if float(w) != 0}
 
 
+def to_json(x: float) -> float | str:
+    """Return what JSON can hold: it has no word for NaN and infinities; ``float`` reads both."""
+    return x if math.isfinite(x) else str(x)
+
+
 def pack(metrics: Mapping[str, Mean]) -> jax.Array:
     """Lay one step's metrics out as one float32 array ``[2 M]``: all totals, then all weights.
 
@@ -103,9 +108,12 @@ class Logbook:
             merged, self._pending = _merge(self._pending), []
             yield self._read, merged
 
-    def pending(self) -> list[dict[str, list[float]]]:
+    def pending(self) -> list[dict[str, list[float | str]]]:
         """Return the steps read but not yet in a row, for JSON."""
-        return [{name: [t, w] for name, (t, w) in entry.items()} for entry in self._pending]
+        return [
+            {name: [to_json(t), to_json(w)] for name, (t, w) in entry.items()}
+            for entry in self._pending
+        ]
 
 
 def _merge(entries: Sequence[Totals]) -> dict[str, float]:

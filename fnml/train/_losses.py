@@ -50,9 +50,9 @@ def cross_entropy(
     logits = logits.astype(jnp.float32)
     normalizer = jax.nn.logsumexp(logits, axis=-1)
     # A comparison with an iota fuses into one pass; a gather's gradient would be a scatter.
-    hit = labels[..., None] == jnp.arange(logits.shape[-1], dtype=labels.dtype).reshape(
-        (1,) * labels.ndim + (-1,)
-    )
+    # In the labels' own dtype, such as uint8, the iota could wrap around.
+    classes = jnp.arange(logits.shape[-1], dtype=jnp.int32).reshape((1,) * labels.ndim + (-1,))
+    hit = labels.astype(jnp.int32)[..., None] == classes
     chosen = jnp.sum(jnp.where(hit, logits, 0.0), axis=-1)
     if label_smoothing:
         chosen = (1 - label_smoothing) * chosen + label_smoothing * jnp.mean(logits, axis=-1)
@@ -84,7 +84,7 @@ def next_token(
     >>> float(next_token(logits, targets, mask=jnp.array([[1.0, 1.0, 0.0]])).weight)
     2.0
     """
-    if mask is not None and mask.ndim == 1:
+    if mask is not None and mask.ndim == 1 and targets.ndim == 2:
         mask = jnp.broadcast_to(mask[:, None], (mask.shape[0], targets.shape[1]))
     return cross_entropy(logits, targets, weights=mask, label_smoothing=label_smoothing)
 
@@ -99,7 +99,8 @@ def accuracy(logits: jax.Array, labels: jax.Array, *, weights: jax.Array | None 
     0.5
     """
     _check_labels(logits, labels, weights)
-    return Mean.of(jnp.argmax(logits, axis=-1).astype(labels.dtype) == labels, weights)
+    best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    return Mean.of(best == labels.astype(jnp.int32), weights)
 
 
 def mse(predictions: jax.Array, targets: jax.Array, *, weights: jax.Array | None = None) -> Mean:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import jax
 import optax
 
-from fnml.core import ConfigError, mask
+from fnml.core import ConfigError, mask, nearest
 
 PyTree = Any
 
@@ -27,7 +27,7 @@ class OptimizerConfig:
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """How the rate falls from its peak to final_fraction of it over the run."""
     warmup: int = 100
-    """Steps of linear warm-up from 0."""
+    """Steps of linear warm-up; step ``i`` has the rate ``(i + 1) / (warmup + 1)`` of the peak."""
     final_fraction: float = 0.0
     """The last learning rate, as a fraction of the peak."""
     weight_decay: float = 0.0
@@ -42,7 +42,17 @@ class OptimizerConfig:
     """Largest global gradient norm; 0 for no clipping."""
 
     def __post_init__(self) -> None:
+        names = ("adamw", "adam", "sgd")
+        schedules = ("cosine", "linear", "constant")
         faults = [
+            f"{name}={value!r}: expected {' or '.join(options)}.{nearest(value, options)}"
+            for name, value, options in (
+                ("name", self.name, names),
+                ("schedule", self.schedule, schedules),
+            )
+            if value not in options
+        ]
+        faults += [
             f"{name}={value}: expected {expected}"
             for name, value, fine, expected in (
                 ("learning_rate", self.learning_rate, self.learning_rate > 0, "more than 0"),

@@ -75,10 +75,12 @@ def train_step(
     def step(state: State, batch: PyTree) -> tuple[State, dict[str, Mean]]:
         key = step_key(state.key, state.step)
         (loss, metrics), grads = grad_fn(state.params, batch, key, **_options(state))
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        # Optax mixes floats and integers, which a user's strict promotion would refuse.
+        with jax.numpy_dtype_promotion("standard"):
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         values = _named(loss, metrics)
         if grad_norm:
-            norm = optax.global_norm(grads)
+            norm = optax.tree.norm(grads)
             values["grad_norm"] = Mean(norm.astype(jnp.float32), jnp.ones((), jnp.float32))
         new = dataclasses.replace(
             state,
@@ -96,7 +98,7 @@ def _fold(model_state: PyTree, stats: PyTree, momentum: float) -> PyTree:
     """Move the model state towards the batch's statistics."""
     structure = jax.tree.structure(model_state)
     given = jax.tree.structure(stats, is_leaf=lambda x: isinstance(x, Mean))
-    if not structure == given:  # noqa: SIM201 (PyTreeDef has no typed !=)
+    if structure != given:  # type: ignore[operator]
         raise ShapeError(
             "the loss's metrics.stats have to mirror the model's state with a Mean for each "
             f"array: expected {structure}, got {given}"

@@ -1,0 +1,5 @@
+"""``python -m fnml`` is the command line."""
+
+from fnml.cli import main
+
+main()

@@ -1,0 +1,59 @@
+"""``fnml doctor``."""
+
+import importlib.util
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import jax
+import rich
+import tyro
+from rich.markup import escape
+from rich.table import Table
+
+from fnml.recipes import environment
+
+_CORE = ("flax", "orbax-checkpoint", "chex", "rich", "tyro", "safetensors", "flatbuffers")
+_EXTRAS = {
+    "bpe": ("tokenizers", "train byte-pair tokens: fnml train lm --tokens bpe"),
+    "tensorboard": ("tensorboard", "write TensorBoard event files"),
+    "prometheus": ("prometheus_client", "serve metrics to Prometheus"),
+    "notebooks": ("nbclient", "execute the notebooks"),
+}
+
+
+@dataclass(frozen=True)
+class Doctor:
+    """Show versions, devices and limits of this machine, and what is missing."""
+
+
+def command(arguments: Sequence[str]) -> int:
+    """Print what was found; return 1 if a core package is missing."""
+    tyro.cli(Doctor, args=arguments, prog="fnml doctor")
+    table = Table("what", "found", "note")
+    for name, value in environment().items():
+        table.add_row(name, ", ".join(value) if isinstance(value, list) else str(value), "")
+    missing = []
+    for package in _CORE:
+        try:
+            table.add_row(package, metadata.version(package), "")
+        except metadata.PackageNotFoundError:
+            missing.append(package)
+            table.add_row(package, "missing", f"pip install {package}")
+    for extra, (module, purpose) in _EXTRAS.items():
+        there = importlib.util.find_spec(module) is not None
+        cure = "" if there else f": pip install 'fnml[{extra}]'"
+        table.add_row(f"extra {extra}", "there" if there else "missing", escape(purpose + cure))
+    free = shutil.disk_usage(Path.cwd()).free
+    note = "little room for checkpoints" if free < 1 << 30 else ""
+    table.add_row("free disk here", f"{free / (1 << 30):.1f} GiB", note)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    table.add_row("memory", f"{memory / (1 << 30):.1f} GiB", "")
+    cache = jax.config.jax_compilation_cache_dir
+    note = "" if cache else "set JAX_COMPILATION_CACHE_DIR to keep compiled programs"
+    table.add_row("compilation cache", cache or "off", note)
+    rich.print(table)
+    return int(bool(missing))

@@ -1,0 +1,24 @@
+"""Say how a run ended, and turn it into an exit code."""
+
+import sys
+
+from fnml.recipes import Finished
+
+
+def report(finished: Finished) -> int:
+    """Print the result's main lines; return 0, or 143 if SIGTERM stopped the run."""
+    result, directory = finished.result, finished.directory
+    values = {**{f"train {k}": v for k, v in result["train"].items()}}
+    values |= {f"held-out {k}": v for k, v in result["eval"].items()}
+    metrics = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+    if finished.signal is not None:
+        print(
+            f"stopped by {finished.signal} after step {result['step']}; a checkpoint is saved. "
+            f"Continue with: fnml resume {directory}"
+        )
+        return 143 if finished.signal == "SIGTERM" else 0
+    if result["stopped"]:
+        print(f"stopped early: {result['stopped']}", file=sys.stderr)
+    print(f"{directory}: {result['step']} steps in {result['seconds']:.1f} s, {metrics}")
+    print(f"params_sha256 {result['params_sha256']}")
+    return 0

@@ -1,0 +1,24 @@
+"""``fnml resume RUN``."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from fnml.cli._finish import report
+from fnml.recipes import resume
+
+
+@dataclass(frozen=True)
+class Resume:
+    """Continue a run from its newest verified checkpoint; the result has the same bits."""
+
+    run: tyro.conf.Positional[Path]
+    """The run directory."""
+
+
+def command(arguments: Sequence[str]) -> int:
+    """Continue a run."""
+    parsed = tyro.cli(Resume, args=arguments, prog="fnml resume")
+    return report(resume(parsed.run))

@@ -1,0 +1,153 @@
+"""Recipe: 8x8 handwritten digits."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from fnml.core import ConfigError, Metrics, Model
+from fnml.data import ArraySource, Batches, epoch, split
+from fnml.models import CNNConfig, MLPConfig, cnn, mlp
+from fnml.recipes._recipe import FLAT, Recipe, RunConfig, SampleConfig, Task
+from fnml.train import OptimizerConfig, accuracy, cross_entropy
+
+PyTree = Any
+HELD_OUT = 360
+
+
+@dataclass(frozen=True)
+class DigitsConfig:
+    """Classify the 1,797 handwritten digits of the UCI set, 8x8 pixels each.
+
+    Command: ``fnml train digits``.
+    """
+
+    run: Annotated[RunConfig, FLAT] = RunConfig(
+        steps=300, batch_size=128, fuse=10, log_every=50, eval_every=100, save_every=100
+    )
+    """How the run goes."""
+    optimizer: Annotated[OptimizerConfig, FLAT] = OptimizerConfig(
+        learning_rate=3e-3, weight_decay=0.05
+    )
+    """How parameters are updated."""
+    network: Literal["cnn", "mlp"] = "cnn"
+    """A residual convolutional network, or a multi-layer perceptron."""
+    cnn: CNNConfig = field(default_factory=lambda: CNNConfig(classes=10))
+    """The convolutional network."""
+    mlp: MLPConfig = field(
+        default_factory=lambda: MLPConfig(inputs=64, hidden=(256, 256), outputs=10)
+    )
+    """The perceptron."""
+    shift: int = 1
+    """Training images are moved at random by up to this many pixels each way; 0 for not."""
+    label_smoothing: float = 0.05
+    """Share of the target spread over all classes."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.shift <= 3:
+            raise ConfigError(f"shift={self.shift}: expected 0 to 3 pixels")
+        if not 0 <= self.label_smoothing < 1:
+            raise ConfigError(f"label_smoothing={self.label_smoothing}: expected 0 to below 1")
+
+
+def read_digits() -> ArraySource:
+    """Read the digits: ``images`` uint8 ``[8, 8]`` with values 0 to 16, and ``labels`` int32.
+
+    >>> len(read_digits())
+    1797
+    """
+    asset = resources.files("fnml.recipes") / "assets" / "optdigits.npz"
+    with asset.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+        return ArraySource(
+            {"images": arrays["images"], "labels": arrays["labels"].astype(np.int32)}
+        )
+
+
+def _shifted(images: jax.Array, key: jax.Array, most: int) -> jax.Array:
+    """Move each image ``[B, H, W]`` by its own random offset, filling with zeros."""
+    b, h, w = images.shape
+    padded = jnp.pad(images, ((0, 0), (most, most), (most, most)))
+    offsets = jax.random.randint(key, (b, 2), 0, 2 * most + 1)
+    return jax.vmap(lambda image, at: lax.dynamic_slice(image, (at[0], at[1]), (h, w)))(
+        padded, offsets
+    )
+
+
+def _loss_fn(config: DigitsConfig, model: Model, train: bool) -> Callable[..., Any]:
+    stateful = bool(jax.tree.leaves(model.state))
+
+    def loss_fn(
+        params: PyTree, batch: PyTree, key: jax.Array | None, *, state: PyTree = ()
+    ) -> tuple[jax.Array, Metrics]:
+        images = batch["images"].astype(jnp.float32) / 16.0
+        if key is not None and config.shift:
+            images = _shifted(images, key, config.shift)
+        images, stats = images[..., None], ()
+        if stateful:
+            logits, stats = model.apply(params, images, state=state, train=train)
+        else:
+            logits = model.apply(params, images)
+        loss = cross_entropy(
+            logits,
+            batch["labels"],
+            weights=batch.get("mask"),
+            label_smoothing=config.label_smoothing if train else 0.0,
+        )
+        right = accuracy(logits, batch["labels"], weights=batch.get("mask"))
+        return loss.value, Metrics(loss.weight, {"accuracy": right}, stats)
+
+    return loss_fn
+
+
+def _sampler(model: Model, source: Any) -> Callable[[PyTree, PyTree, SampleConfig], str]:
+    """Show held-out digits as text, with what the model takes them for."""
+
+    def sample(params: PyTree, state: PyTree, config: SampleConfig) -> str:
+        rng = np.random.default_rng(config.seed)
+        chosen = rng.choice(len(source), min(config.length, 8, len(source)), replace=False)
+        batch = source.gather(chosen)
+        images = jnp.asarray(batch["images"], jnp.float32)[..., None] / 16.0
+        if jax.tree.leaves(model.state):
+            logits, _ = model.apply(params, images, state=state, train=False)
+        else:
+            logits = model.apply(params, images)
+        chances = np.asarray(jax.nn.softmax(logits))
+        shades = np.array(list(" .:-=+*#%@"))
+        pictures = shades[(batch["images"].astype(int) * 9) // 16]
+        lines = ["   ".join("".join(row * 2) for row in line) for line in _rows(pictures)]
+        verdicts = [
+            f"{p.argmax()} ({p.max():.0%}), is {label}"
+            for p, label in zip(chances, batch["labels"], strict=True)
+        ]
+        return "\n".join([*lines, "   ".join(f"{verdict:<16}" for verdict in verdicts)])
+
+    return sample
+
+
+def _rows(pictures: np.ndarray) -> Any:
+    """Iterate over the text lines of pictures ``[N, H, W]`` put side by side."""
+    for y in range(pictures.shape[1]):
+        yield [np.repeat(picture[y], 1) for picture in pictures]
+
+
+def _build(config: DigitsConfig, directory: Path | None) -> Task:
+    model = cnn(config.cnn) if config.network == "cnn" else mlp(config.mlp)
+    train, held_out = split(read_digits(), HELD_OUT, seed=0)
+    return Task(
+        model=model,
+        loss_fn=_loss_fn(config, model, train=True),
+        eval_loss_fn=_loss_fn(config, model, train=False),
+        train=Batches(train, config.run.batch_size, seed=config.run.seed),
+        held_out=lambda: epoch(held_out, HELD_OUT),
+        best=("accuracy", "max"),
+        sample=_sampler(model, held_out),
+    )
+
+
+digits = Recipe(DigitsConfig, _build)

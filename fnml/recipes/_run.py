@@ -1,0 +1,317 @@
+"""Start a run, take it up again, and read a trained model back."""
+
+import contextlib
+import functools
+import os
+import platform
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+import fnml
+from fnml import sinks, transforms
+from fnml.checkpoint import Checkpointer, restore, tree_sha256
+from fnml.core import (
+    CheckpointError,
+    ConfigError,
+    Row,
+    RunError,
+    Sink,
+    State,
+    fold_name,
+    init,
+    nearest,
+)
+from fnml.recipes._config_json import from_json, to_json
+from fnml.recipes._plugins import find_recipe, load_plugin, plugins
+from fnml.recipes._recipe import Output, Recipe, Task
+from fnml.recipes._run_directory import create, locked, read_record, read_result, write_result
+from fnml.train import (
+    Every,
+    Fit,
+    early_stopping,
+    evaluator,
+    fit,
+    means,
+    optimizer,
+    stop_on_signals,
+    train_step,
+)
+
+PyTree = Any
+
+
+class Loaded(NamedTuple):
+    """A trained model, read back from its run.
+
+    Attributes:
+      task: what the run's configuration builds.
+      state: abstract before training, restored after.
+      step: the step of the checkpoint.
+    """
+
+    task: Task
+    state: State
+    step: int
+
+
+class Finished(NamedTuple):
+    """How a run ended: its result, and the signal that stopped it before its end, if one did."""
+
+    directory: Path
+    result: dict[str, Any]
+    signal: str | None
+
+
+def environment() -> dict[str, Any]:
+    """Say on what a run happens; results repeat bit for bit only where all of it is equal."""
+    import jaxlib
+    import numpy as np
+    import optax
+
+    return {
+        "fnml": fnml.__version__,
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "jaxlib": jaxlib.__version__,
+        "optax": optax.__version__,
+        "numpy": np.__version__,
+        "platform": platform.platform(),
+        "backend": jax.default_backend(),
+        "devices": [device.device_kind for device in jax.devices()],
+        "cpus": len(os.sched_getaffinity(0)),
+    }
+
+
+def start(name: str, config: Any, directory: Path, output: Output) -> Finished:
+    """Train a recipe from the beginning, in a new run directory.
+
+    Everything that can be refused is refused before the directory is made.
+
+    Raises:
+      FnmlError: the recipe, its configuration or its data cannot be used; the directory holds
+        another run; the loss became NaN or infinite.
+    """
+    recipe = find_recipe(name)
+    task = recipe.build(config, None)
+    _check_sinks(output)
+    _check_trainable(task, config)
+    create(
+        directory,
+        {
+            "recipe": name,
+            "config": to_json(config),
+            "output": to_json(output),
+            "environment": environment(),
+        },
+    )
+    for file, data in task.files.items():
+        (directory / file).write_bytes(data)
+    return _train(task, name, config, directory, output, fresh=True)
+
+
+def resume(directory: Path, output: Output | None = None) -> Finished:
+    """Continue a run from its newest checkpoint, or from the beginning if it has none.
+
+    Law: the final parameters, and the rows of metrics, have the bits of an uninterrupted run.
+
+    Raises:
+      RunError: there is no run in the directory, or it has finished.
+      CheckpointError: the checkpoints are damaged, or of another configuration.
+    """
+    record = read_record(directory)
+    finished = read_result(directory)
+    if finished is not None:
+        raise RunError(
+            f"the run {directory} has finished ({finished.get('step')} steps): there is nothing "
+            f"to resume. 'fnml eval {directory}' and 'fnml sample {directory}' use it"
+        )
+    recipe, config = _read_config(record)
+    kept = output or from_json(Output, record["output"])
+    task = recipe.build(config, directory)
+    return _train(task, record["recipe"], config, directory, kept, fresh=False)
+
+
+def load(directory: Path, step: int | None = None) -> Loaded:
+    """Read a run's model back, from the checkpoint of ``step`` or the newest one.
+
+    Raises:
+      RunError: there is no run in the directory.
+      CheckpointError: there is no checkpoint, or it is damaged.
+    """
+    record = read_record(directory)
+    recipe, config = _read_config(record)
+    task = recipe.build(config, directory)
+    target = jax.eval_shape(functools.partial(_initial_state, task, config))
+    found = restore(directory / "checkpoints", target, step=step)
+    return Loaded(task, found.state, found.step)
+
+
+def evaluate(loaded: Loaded) -> dict[str, float]:
+    """Evaluate a model on its recipe's held-out set."""
+    return means(evaluator(loaded.task.eval_loss_fn, loaded.task.held_out)(loaded.state))
+
+
+def _read_config(record: Mapping[str, Any]) -> tuple[Recipe, Any]:
+    recipe = find_recipe(record["recipe"])
+    return recipe, from_json(recipe.config, record["config"])
+
+
+def _initial_state(task: Task, config: Any) -> State:
+    init_key, run_key = jax.random.split(jax.random.key(config.run.seed))
+    return State.create(
+        init(task.model.spec, init_key),
+        optimizer(config.optimizer, config.run.steps),
+        run_key,
+        init(task.model.state, fold_name(init_key, "state")),
+    )
+
+
+def _step(task: Task, config: Any) -> Any:
+    loss_fn = task.loss_fn
+    if config.run.remat != "off":
+        loss_fn = transforms.remat(loss_fn, config.run.remat)
+    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+    if config.run.accumulate > 1:
+        grad_fn = transforms.accumulate(grad_fn, config.run.accumulate)
+    return train_step(grad_fn, optimizer(config.optimizer, config.run.steps))
+
+
+def _check_trainable(task: Task, config: Any) -> None:
+    """Trace one step on shapes, so that a wrong configuration leaves nothing behind."""
+    from fnml.train import check_step
+
+    state = jax.eval_shape(functools.partial(_initial_state, task, config))
+    check_step(_step(task, config), state, task.train.at(task.train.position))
+
+
+def _check_sinks(output: Output) -> None:
+    known = {*_BUILT_IN, *(p.name for p in plugins() if p.group == "fnml.sinks")}
+    for name in output.sinks:
+        if name not in known:
+            raise ConfigError(
+                f"there is no sink {name!r}.{nearest(name, known)} There are: "
+                f"{', '.join(sorted(known))}"
+            )
+
+
+_BUILT_IN = ("jsonl", "csv", "tensorboard", "prometheus")
+
+
+def _open_sink(name: str, directory: Path, after: int | None, output: Output) -> Sink:
+    if name == "jsonl":
+        return sinks.Jsonl(directory / "metrics.jsonl", after)
+    if name == "csv":
+        return sinks.Csv(directory / "metrics.csv", after)
+    if name == "tensorboard":
+        return sinks.TensorBoard(directory / "tensorboard", after)
+    if name == "prometheus":
+        return sinks.Prometheus(
+            port=output.prometheus_port,
+            textfile=directory / "metrics.prom",
+            labels={"run": directory.name},
+        )
+    return load_plugin("fnml.sinks", name)(directory, after)
+
+
+def _train(
+    task: Task, name: str, config: Any, directory: Path, output: Output, *, fresh: bool
+) -> Finished:
+    run = config.run
+    metric, mode = task.best
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(locked(directory))
+        checkpoints = directory / "checkpoints"
+        checkpoints.mkdir(exist_ok=True)
+        keeper = stack.enter_context(
+            Checkpointer(checkpoints, keep_last=run.keep_last, keep_best=run.keep_best, best=mode)
+        )
+        state, memory, batches = _where_to_start(task, config, checkpoints, keeper, fresh)
+        begun = int(state.step)
+        console = sinks.Console(
+            run.steps, stream=sys.stderr if not output.quiet else None, start=begun
+        )
+        stack.callback(console.close)
+        outputs: list[Sink] = [console] if not output.quiet else []
+        for sink_name in output.sinks:
+            sink = _open_sink(sink_name, directory, None if fresh else begun, output)
+            stack.callback(sink.close)
+            outputs.append(sink)
+        should_stop = stack.enter_context(stop_on_signals())
+        callbacks = []
+        if run.patience:
+            stopping = early_stopping(metric, patience=run.patience, mode=mode)
+            callbacks.append((Every(steps=run.eval_every), stopping))
+
+        def save(state: State, meta: dict[str, Any], value: float | None) -> None:
+            meta["config"] = to_json(config)
+            keeper.save(int(state.step), state, meta, metric=value)
+
+        outcome = fit(
+            _step(task, config),
+            state,
+            batches,
+            steps=run.steps,
+            fuse=run.fuse,
+            log_every=run.log_every,
+            sinks=outputs,
+            evaluate=evaluator(task.eval_loss_fn, task.held_out),
+            eval_every=Every(steps=run.eval_every),
+            callbacks=callbacks,
+            save=save,
+            save_every=Every(steps=run.save_every, minutes=run.save_minutes),
+            save_metric=metric,
+            should_stop=should_stop,
+            resume=memory,
+            note=console.note,
+        )
+        keeper.wait()
+        signal = outcome.stopped if outcome.stopped in ("SIGINT", "SIGTERM") else None
+        result = _result(name, outcome)
+        if signal is None:
+            write_result(directory, result)
+        return Finished(directory, result, signal)
+
+
+def _where_to_start(
+    task: Task, config: Any, checkpoints: Path, keeper: Checkpointer, fresh: bool
+) -> tuple[State, Mapping[str, Any] | None, Any]:
+    if fresh or not keeper.steps():
+        return _initial_state(task, config), None, task.train
+    target = jax.eval_shape(functools.partial(_initial_state, task, config))
+    found = restore(checkpoints, target)
+    differing = list(_differences(found.meta.get("config"), to_json(config)))
+    if differing:
+        raise CheckpointError(
+            f"the checkpoint of step {found.step} is of another configuration than the run's "
+            "config.json: " + "; ".join(differing) + ". Put config.json back as it was"
+        )
+    return found.state, found.meta, task.train.resume(found.meta["data"])
+
+
+def _differences(there: Any, here: Any, path: str = "") -> Iterator[str]:
+    if isinstance(there, Mapping) and isinstance(here, Mapping):
+        for name in sorted(there.keys() | here.keys()):
+            yield from _differences(there.get(name), here.get(name), f"{path}/{name}".lstrip("/"))
+    elif there != here:
+        yield f"{path or 'config'}: {there!r} in the checkpoint, {here!r} in config.json"
+
+
+def _json_values(row: Row | None) -> dict[str, float]:
+    return dict(row.values) if row is not None else {}
+
+
+def _result(name: str, outcome: Fit) -> dict[str, Any]:
+    return {
+        "recipe": name,
+        "step": int(outcome.state.step),
+        "stopped": outcome.stopped,
+        "train": _json_values(outcome.row),
+        "eval": _json_values(outcome.evals[-1] if outcome.evals else None),
+        "seconds": round(outcome.seconds, 3),
+        "params_sha256": tree_sha256(outcome.state.params),
+        "environment": environment(),
+    }
