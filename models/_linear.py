@@ -1,0 +1,76 @@
+"""The linear layer, in the form that is fast on every backend."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from fnml.core import ShapeError
+
+
+def _dot(a: jax.Array, b: jax.Array, over: tuple[int, int], dtype: Any) -> jax.Array:
+    dimensions = (((over[0],), (over[1],)), ((), ()))
+    return lax.dot_general(a, b, dimensions, preferred_element_type=dtype)
+
+
+# One pair of matrix products forward and backward, each reading its operands as they lie in
+# memory: the transposes that autodiff would insert cost a third of a GPT step on a CPU.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _linear(x: jax.Array, kernel: jax.Array, out_dtype: Any) -> jax.Array:
+    return _dot(x, kernel.astype(x.dtype), (1, 0), out_dtype)  # [N, D] x [D, F] -> [N, F]
+
+
+def _forward(
+    x: jax.Array, kernel: jax.Array, out_dtype: Any
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _linear(x, kernel, out_dtype), (x, kernel)
+
+
+def _backward(
+    out_dtype: Any, residuals: tuple[jax.Array, jax.Array], grad: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    x, kernel = residuals
+    grad = grad.astype(x.dtype)
+    grad_x = _dot(grad, kernel.astype(x.dtype), (1, 1), x.dtype)  # [N, F] x [D, F] -> [N, D]
+    grad_kernel = _dot(x, grad, (0, 0), kernel.dtype)  # [N, D] x [N, F] -> [D, F]
+    return grad_x, grad_kernel
+
+
+_linear.defvjp(_forward, _backward)
+
+
+def linear(
+    x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None, *, out_dtype: Any = None
+) -> jax.Array:
+    """Return ``x @ kernel + bias`` for ``x`` [..., D], ``kernel`` [D, F], ``bias`` [F].
+
+    The product is taken in the dtype of ``x``, to which the kernel is cast, and [..., F] comes
+    out in that dtype unless ``out_dtype`` names another (float32 logits from bfloat16). The
+    kernel's gradient is summed and returned in the kernel's own dtype, so bfloat16 activations
+    over float32 parameters lose nothing in the sum over the batch. It has a custom VJP, so
+    there is no forward mode (``jax.jvp``); reverse over reverse works.
+
+    Law: ``linear(x, w, b)[i] == linear(x[i], w, b)`` to rounding.
+
+    Raises:
+      ShapeError: the sizes do not fit.
+
+    >>> import jax.numpy as jnp
+    >>> linear(jnp.ones((2, 5, 3)), jnp.ones((3, 4)), jnp.zeros(4)).shape
+    (2, 5, 4)
+    """
+    if kernel.ndim != 2 or x.ndim < 1 or x.shape[-1] != kernel.shape[0]:
+        raise ShapeError(
+            f"linear got x {x.shape} and a kernel {kernel.shape}: "
+            "expected x [..., D] and a kernel [D, F]"
+        )
+    if bias is not None and bias.shape != kernel.shape[1:]:
+        raise ShapeError(
+            f"linear got a bias {bias.shape} and a kernel {kernel.shape}: expected a bias [F]"
+        )
+    rows = _linear(x.reshape(-1, x.shape[-1]), kernel, jnp.dtype(out_dtype or x.dtype))
+    if bias is not None:
+        rows = rows + jnp.expand_dims(bias.astype(rows.dtype), 0)
+    return rows.reshape(*x.shape[:-1], kernel.shape[1])
