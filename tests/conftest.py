@@ -4,7 +4,12 @@ import os
 import tempfile
 from pathlib import Path
 
+import hypothesis
 import jax
+
+# A first call compiles, so no example has a deadline; equal runs try equal examples.
+hypothesis.settings.register_profile("fnml", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("fnml")
 
 # The persistent cache is shared by the tests, by their subprocesses and by later runs.
 _cache = os.environ.setdefault(

@@ -49,6 +49,7 @@ def shardings(spec: PyTree, mesh: Mesh, rules: Rules) -> PyTree:
         raise LayoutError("\n".join(faults))
 
     def one(path: str, param: Param) -> NamedSharding:
+        before = len(faults)
         entries: list[str | tuple[str, ...] | None] = []
         used: dict[str, str | None] = {}
         for size, name in zip(param.shape, param.axes, strict=True):
@@ -67,7 +68,8 @@ def shardings(spec: PyTree, mesh: Mesh, rules: Rules) -> PyTree:
                     f"{axes} do not divide"
                 )
             entries.append(None if not axes else axes[0] if len(axes) == 1 else axes)
-        return NamedSharding(mesh, PartitionSpec(*entries))
+        # JAX refuses a faulty spec on sight; the error below lists all faults instead.
+        return NamedSharding(mesh, PartitionSpec(*entries if len(faults) == before else ()))
 
     result = map_with_name(one, spec)
     if faults:

@@ -19,7 +19,7 @@ def require(module: str, *, extra: str) -> ModuleType:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         # A package that is there but broken must not be reported as missing.
-        if error.name is None or module.split(".")[0] != error.name.split(".")[0]:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise
         raise MissingExtraError(
             f"this needs the package {module.split('.')[0]!r}, which is not installed: "

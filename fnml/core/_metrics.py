@@ -7,6 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fnml.core._errors import ShapeError
+
 PyTree = Any
 
 
@@ -30,7 +32,7 @@ class Mean:
 
     @property
     def value(self) -> jax.Array:
-        """``total / weight``; 0 where nothing was counted, with gradient 0 there too."""
+        """``total / weight``; the total, which is 0, where nothing was counted."""
         return self.total / jnp.where(self.weight == 0, jnp.ones_like(self.weight), self.weight)
 
     def __add__(self, other: "Mean") -> "Mean":
@@ -41,10 +43,18 @@ class Mean:
         """Sum ``values`` of any shape, weighted by ``weights`` of the same shape (default 1).
 
         Where a weight is 0 the value does not count, even if it is NaN.
+
+        Raises:
+          ShapeError: the shapes differ.
         """
         values = values.astype(jnp.float32)
         if weights is None:
             return Mean(jnp.sum(values), jnp.asarray(values.size, jnp.float32))
+        if weights.shape != values.shape:
+            raise ShapeError(
+                f"weights of shape {weights.shape} for values of shape {values.shape}: give each value its "
+                "own weight, nothing is broadcast"
+            )
         weights = weights.astype(jnp.float32)
         kept = jnp.where(weights == 0, jnp.zeros_like(values), values)
         return Mean(jnp.sum(kept * weights), jnp.sum(weights))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from fnml.core._errors import ConfigError
 from fnml.core._keys import fold_name
-from fnml.core._paths import map_with_name
+from fnml.core._paths import leaf_names, map_with_name
 
 PyTree = Any
 Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
@@ -100,7 +100,7 @@ def init(spec: PyTree, key: jax.Array, shardings: PyTree | None = None) -> PyTre
         then computes and holds only its part.
 
     Raises:
-      ConfigError: ``spec`` has a leaf that is no Param.
+      ConfigError: ``spec`` has leaves that are no Param, or two leaves of one path; all listed.
 
     >>> import jax
     >>> spec = {"w": Param((2, 3), ("embed", "mlp"), jax.nn.initializers.lecun_normal())}
@@ -108,11 +108,18 @@ def init(spec: PyTree, key: jax.Array, shardings: PyTree | None = None) -> PyTre
     (2, 3)
     """
 
-    def check(name: str, leaf: Any) -> None:
-        if not is_param(leaf):
-            raise ConfigError(f"{name}: expected a Param in the spec, got {type(leaf).__name__}")
-
-    map_with_name(check, spec)
+    names = leaf_names(spec)
+    faults = [
+        f"{name}: expected a Param in the spec, got {type(leaf).__name__}"
+        for name, leaf in zip(names, jax.tree.leaves(spec), strict=True)
+        if not is_param(leaf)
+    ]
+    faults += [
+        f"{name}: two parameters have this path, and would be drawn alike"
+        for name in sorted({name for name in names if names.count(name) > 1})
+    ]
+    if faults:
+        raise ConfigError("\n".join(faults))
 
     def draw(key: jax.Array) -> PyTree:
         return map_with_name(lambda name, p: p.init(fold_name(key, name), p.shape, p.dtype), spec)

@@ -49,7 +49,7 @@ def _pattern(glob: str) -> re.Pattern[str]:
         for part in glob.split("/")
     ]
     text = "/".join(segments).replace(".*/", "(?:.*/)?")
-    return re.compile(text + r"\Z")
+    return re.compile(text + r"\Z", re.DOTALL)
 
 
 def matches(name: str, globs: str | Sequence[str]) -> bool:
