@@ -114,10 +114,15 @@ def main() -> None:
     """Measure and print one table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=9)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--only", choices=["mlp", "gpt"])
+    options = parser.parse_args()
+    rounds = options.rounds
+    tasks = {"mlp": ("digits MLP", digits_mlp, 3200), "gpt": ("small GPT", small_gpt, 64)}
     table = Table("model", "loop", "steps/s", "ratio to by hand", "lowest", "highest")
-    for name, task, steps in (("digits MLP", digits_mlp(), 3200), ("small GPT", small_gpt(), 96)):
-        model, source, size, loss_fn = task
+    for key, (name, make, steps) in tasks.items():
+        if options.only not in (None, key):
+            continue
+        model, source, size, loss_fn = make()
         optimizer = optax.adamw(1e-3)
         loops = {
             "by hand": by_hand(model, source, size, loss_fn, optimizer),
@@ -129,13 +134,13 @@ def main() -> None:
         turns = []
         for turn in range(rounds):
             names = list(loops) if turn % 2 else list(loops)[::-1]
-            turns.append({key: rate(loops[key], 32, steps) for key in names})
-        for key in loops:
-            speeds = [turn[key] for turn in turns]
-            ratios = [turn[key] / turn["by hand"] for turn in turns]
+            turns.append({each: rate(loops[each], 32, steps) for each in names})
+        for loop_name in loops:
+            speeds = [turn[loop_name] for turn in turns]
+            ratios = [turn[loop_name] / turn["by hand"] for turn in turns]
             table.add_row(
                 name,
-                key,
+                loop_name,
                 f"{statistics.median(speeds):.1f}",
                 f"{statistics.median(ratios):.3f}",
                 f"{min(ratios):.3f}",

@@ -5,8 +5,8 @@ from typing import Any
 import jax
 from jax import lax
 
-from fnml.core import LayoutError, Metrics, shard_key
-from fnml.transforms._layout import GradFn, Sums, from_sums, ordered_sum, split_batch, to_sums
+from fnml.core import LayoutError
+from fnml.transforms._layout import GradFn, Laid, Sums, check_blocks, laid, ordered_sum, split_batch
 
 PyTree = Any
 
@@ -24,7 +24,8 @@ def accumulate(grad_fn: GradFn, count: int) -> GradFn:
 
     Law: for a loss that draws no random numbers,
     ``accumulate(g, n)(params, batch, key) == g(params, batch, key)`` up to rounding; for one that
-    does, it is the weighted mean of ``g(params, shard_i, shard_key(key, i))``.
+    does, it is the weighted mean of ``g(params, shard_i, shard_key(key, i))``. Bitwise,
+    ``accumulate(accumulate(g, a), b) == accumulate(g, a * b)`` for ``a`` a power of two.
 
     Args:
       grad_fn: ``grad_fn(params, batch, key, **options) -> ((loss, metrics), grads)``.
@@ -34,10 +35,11 @@ def accumulate(grad_fn: GradFn, count: int) -> GradFn:
       A function with the signature of ``grad_fn``.
 
     Raises:
-      LayoutError: ``count`` is below 1, or does not divide the batch (when called).
+      LayoutError: ``count`` is below 1, ``grad_fn`` is itself laid out over a number of shards
+        that is no power of two, or ``count`` does not divide the batch (when called).
 
     >>> import jax, jax.numpy as jnp
-    >>> from fnml.core import Mean
+    >>> from fnml.core import Mean, Metrics
     >>> def loss_fn(params, batch, key):
     ...     error = Mean.of((batch["x"] * params - 1.0) ** 2)
     ...     return error.value, Metrics(error.weight, {"mse": error})
@@ -48,17 +50,18 @@ def accumulate(grad_fn: GradFn, count: int) -> GradFn:
     """
     if count < 1:
         raise LayoutError(f"accumulate needs at least 1 micro-batch, got {count}")
+    inner = laid(grad_fn)
+    check_blocks(inner, "accumulate")
 
-    def accumulated(
-        params: PyTree, batch: PyTree, key: jax.Array, **options: Any
-    ) -> tuple[tuple[jax.Array, Metrics], PyTree]:
-        shards = split_batch(batch, count)
+    def sums(
+        params: PyTree, batch: PyTree, key: jax.Array, first: jax.Array, options: dict[str, Any]
+    ) -> Sums:
+        parts = split_batch(batch, count)
 
-        def shard(i: jax.Array) -> Sums:
-            part = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, i, keepdims=False), shards)
-            (loss, metrics), grads = grad_fn(params, part, shard_key(key, i), **options)
-            return to_sums(loss, metrics, grads)
+        def part(i: jax.Array) -> Sums:
+            micro = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, i, keepdims=False), parts)
+            return inner.sums(params, micro, key, first + i * inner.shards, options)
 
-        return from_sums(ordered_sum(shard, count), params)
+        return ordered_sum(part, count)
 
-    return accumulated
+    return Laid(count * inner.shards, sums)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fnml.core import LayoutError, Mean, Metrics, path_name
+from fnml.core import LayoutError, Metrics, path_name, shard_key
 
 PyTree = Any
 GradFn = Callable[..., tuple[tuple[jax.Array, Metrics], PyTree]]
@@ -60,11 +60,81 @@ def to_sums(loss: jax.Array, metrics: Metrics, grads: PyTree) -> Sums:
 
 def from_sums(sums: Sums, params: PyTree) -> tuple[tuple[jax.Array, Metrics], PyTree]:
     """Divide by the total weight: what a ``grad_fn`` returns, gradients in the params' dtypes."""
-    grads = jax.tree.map(
-        lambda g, p: Mean(g, sums.weight.astype(g.dtype)).value.astype(p.dtype), sums.grads, params
-    )
-    loss = Mean(sums.loss, sums.weight.astype(sums.loss.dtype)).value
-    return (loss, Metrics(sums.weight, sums.values, sums.stats)), grads
+    nothing = sums.weight == 0
+    weight = jnp.where(nothing, 1.0, sums.weight)
+
+    def mean(total: jax.Array) -> jax.Array:
+        # XLA may or may not turn a division into a product with the reciprocal, depending on what
+        # stands around it, and the two round differently: the product is spelt out and kept apart.
+        inverse = lax.optimization_barrier(1 / weight.astype(total.dtype))
+        return jnp.where(nothing, jnp.zeros_like(total), total * inverse)
+
+    grads = jax.tree.map(lambda g, p: mean(g).astype(p.dtype), sums.grads, params)
+    return (mean(sums.loss), Metrics(sums.weight, sums.values, sums.stats)), grads
+
+
+@dataclass(frozen=True)
+class Laid:
+    """A gradient function over several logical shards, laid out in time, in space, or both.
+
+    It is called as any ``grad_fn``; a layout transform applied to it reads its sums instead, so
+    that nested layouts agree on one flat shard index, one key per shard and one order of addition.
+
+    Attributes:
+      shards: the number of logical shards that a call's batch is made of.
+      sums: ``sums(params, batch, key, first, options) -> Sums`` of the shards with flat indices
+        ``first .. first + shards - 1``, which ``batch`` holds.
+    """
+
+    shards: int
+    sums: Callable[[PyTree, PyTree, jax.Array, jax.Array, dict[str, Any]], Sums]
+
+    def __call__(
+        self, params: PyTree, batch: PyTree, key: jax.Array, **options: Any
+    ) -> tuple[tuple[jax.Array, Metrics], PyTree]:
+        return from_sums(self.sums(params, batch, key, jnp.int32(0), options), params)
+
+
+def laid(grad_fn: GradFn) -> Laid:
+    """Return ``grad_fn`` as a layout: itself if it is one, else as a single shard."""
+    if isinstance(grad_fn, Laid):
+        return grad_fn
+
+    def sums(
+        params: PyTree, batch: PyTree, key: jax.Array, first: jax.Array, options: dict[str, Any]
+    ) -> Sums:
+        (loss, metrics), grads = grad_fn(params, batch, shard_key(key, first), **options)
+        return to_sums(loss, metrics, grads)
+
+    return Laid(1, sums)
+
+
+def refuse_laid(grad_fn: GradFn, name: str) -> None:
+    """Refuse a layout where a function of one shard is needed.
+
+    Raises:
+      LayoutError: ``grad_fn`` is laid out already; the message names the order that works.
+    """
+    if isinstance(grad_fn, Laid):
+        raise LayoutError(
+            f"{name} changes how one shard's gradients are computed, so it goes inside a layout: "
+            f"accumulate({name}(grad_fn, ...), n) or data_parallel({name}(grad_fn, ...), mesh), "
+            "not the other way round"
+        )
+
+
+def check_blocks(inner: Laid, name: str) -> None:
+    """Refuse an inner layout whose sums are no subtree of the fixed order of addition.
+
+    Raises:
+      LayoutError: the inner number of shards is not a power of two.
+    """
+    if inner.shards & (inner.shards - 1):
+        raise LayoutError(
+            f"{name} over a layout of {inner.shards} shards would add in another order than the "
+            f"flat batch: the inner number of shards has to be a power of two. Put the "
+            f"accumulation by {inner.shards & -inner.shards} inside and the rest outside"
+        )
 
 
 def add(a: PyTree, b: PyTree) -> PyTree:
@@ -98,12 +168,13 @@ def ordered_sum(shard: Callable[[jax.Array], PyTree], count: int) -> PyTree:
         if size == 1:
             return shard(first)
         half = size // 2
-        pair = lax.map(lambda i: subtree(half, first + i * half), jnp.arange(2))
+        pair = lax.map(lambda i: subtree(half, first + i * half), jnp.arange(2, dtype=jnp.int32))
         return jax.tree.map(lambda x: x[0] + x[1], pair)
 
     if block == count:
         return subtree(count, jnp.int32(0))
-    blocks = lax.map(lambda i: subtree(block, i * block), jnp.arange(count // block))
+    starts = jnp.arange(0, count, block, dtype=jnp.int32)
+    blocks = lax.map(lambda first: subtree(block, first), starts)
     return pairwise([jax.tree.map(lambda x, i=i: x[i], blocks) for i in range(count // block)])
 
 

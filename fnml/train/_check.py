@@ -62,7 +62,11 @@ def check_step(step: Callable[..., Any], state: PyTree, batch: PyTree) -> dict[s
     if wrong or "loss" not in metrics:
         raise ShapeError(
             "a step's metrics are a dict of fnml.Mean with 'loss' among them, got "
-            + (str(sorted(metrics)) if isinstance(metrics, dict) else type(metrics).__name__)
+            + str(
+                {name: type(m).__name__ for name, m in metrics.items()}
+                if isinstance(metrics, dict)
+                else type(metrics).__name__
+            )
         )
     bad = {name: m.total.shape for name, m in metrics.items() if m.total.shape or m.weight.shape}
     if bad:

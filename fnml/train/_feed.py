@@ -7,6 +7,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from fnml.core import ShapeError
+
 PyTree = Any
 Sizes = Callable[[], Iterator[int | None]]
 
@@ -80,5 +82,11 @@ def _stacked(
         block = [batch for _, batch in zip(range(size), batches, strict=False)]
         if not block:
             return
+        shapes = {tuple(np.shape(x) for x in jax.tree.leaves(batch)) for batch in block}
+        if len(shapes) > 1:
+            raise ShapeError(
+                f"batches of unequal shapes cannot be fused, got {sorted(shapes)}: drop the "
+                "shorter ones, or use fuse=1"
+            )
         stacked = jax.tree.map(lambda *xs: np.stack([np.asarray(x) for x in xs]), *block)
         yield len(block), _pad(stacked, fuse)

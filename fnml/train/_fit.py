@@ -220,6 +220,8 @@ def fit(
         log(book.rows())
         if not signalled:
             # A signalled run goes on later: its unfinished row and evaluation are done then.
+            if book.pending() or (evaluate is not None and evaluated != done):
+                saved = -1
             log(book.rest())
             if evaluate is not None and evaluated != done:
                 evaluation()

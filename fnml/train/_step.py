@@ -97,8 +97,8 @@ def train_step(
 def _fold(model_state: PyTree, stats: PyTree, momentum: float) -> PyTree:
     """Move the model state towards the batch's statistics."""
     structure = jax.tree.structure(model_state)
-    given = jax.tree.structure(stats, is_leaf=lambda x: isinstance(x, Mean))
-    if structure != given:  # type: ignore[operator]
+    leaves, given = jax.tree.flatten(stats, is_leaf=lambda x: isinstance(x, Mean))
+    if structure != given or not all(isinstance(x, Mean) for x in leaves):  # type: ignore[operator]
         raise ShapeError(
             "the loss's metrics.stats have to mirror the model's state with a Mean for each "
             f"array: expected {structure}, got {given}"
