@@ -9,11 +9,10 @@ from importlib import metadata
 from pathlib import Path
 
 import jax
-import rich
 import tyro
-from rich.markup import escape
 from rich.table import Table
 
+from fnml.cli._show import show
 from fnml.recipes import environment
 
 _CORE = ("flax", "orbax-checkpoint", "chex", "rich", "tyro", "safetensors", "flatbuffers")
@@ -46,14 +45,14 @@ def command(arguments: Sequence[str]) -> int:
     for extra, (module, purpose) in _EXTRAS.items():
         there = importlib.util.find_spec(module) is not None
         cure = "" if there else f": pip install 'fnml[{extra}]'"
-        table.add_row(f"extra {extra}", "there" if there else "missing", escape(purpose + cure))
+        table.add_row(f"extra {extra}", "there" if there else "missing", purpose + cure)
     free = shutil.disk_usage(Path.cwd()).free
     note = "little room for checkpoints" if free < 1 << 30 else ""
     table.add_row("free disk here", f"{free / (1 << 30):.1f} GiB", note)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     table.add_row("memory", f"{memory / (1 << 30):.1f} GiB", "")
-    cache = jax.config.jax_compilation_cache_dir
+    cache = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
     note = "" if cache else "set JAX_COMPILATION_CACHE_DIR to keep compiled programs"
     table.add_row("compilation cache", cache or "off", note)
-    rich.print(table)
+    show(table)
     return int(bool(missing))

@@ -1,13 +1,20 @@
 """Find the command, run it, and turn errors into one sentence and an exit code."""
 
+import contextlib
+import io
 import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import fnml
-from fnml.core import FnmlError, nearest
+from fnml.core import ConfigError, FnmlError, nearest
+
+_logger = logging.getLogger("fnml")
+# What JAX says of the machine rather than of the program: the device is full, or not there.
+_ENVIRONMENT = ("RESOURCE_EXHAUSTED", "Unable to initialize backend")
 
 
 class Command(NamedTuple):
@@ -39,7 +46,7 @@ def _usage() -> str:
             *lines,
             "",
             "'fnml COMMAND --help' shows a command's options; 'fnml --version' the version.",
-            "FNML_LOG_LEVEL=info|debug shows more of what happens.",
+            "FNML_LOG_LEVEL=info|debug shows more of what happens, and where an error was raised.",
         ]
     )
 
@@ -54,36 +61,77 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line and exit.
 
     Exit codes: 0 done, or stopped cleanly by Ctrl-C; 1 refused, with the reason on stderr; 2 wrong
-    usage; 143 stopped cleanly by SIGTERM.
+    usage; 130 interrupted; 141 whoever read the output has gone; 143 stopped cleanly by SIGTERM.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    level = os.environ.get("FNML_LOG_LEVEL", "warning").upper()
-    if level not in logging.getLevelNamesMapping():
-        sys.exit(f"fnml: FNML_LOG_LEVEL={level.lower()}: expected debug, info, warning or error")
-    logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(_usage())
-        sys.exit(0)
-    name, *rest = arguments
-    if name == "--version":
-        print(f"fnml {fnml.__version__}")
-        sys.exit(0)
-    if name not in COMMANDS:
-        print(
-            f"fnml: there is no command {name!r}.{nearest(name, COMMANDS)}\n\n{_usage()}",
-            file=sys.stderr,
-        )
-        sys.exit(2)
+    _prepare_output()
     try:
-        code = _load(name)(rest)
+        code = _run(arguments)
+        sys.stdout.flush()
     except FnmlError as error:
-        print(f"fnml: {error}", file=sys.stderr)
-        code = 1
+        code = _complain(error, str(error))
+    except MemoryError as error:
+        code = _complain(error, f"there is not enough memory: {error}")
+    except RuntimeError as error:
+        if not any(cause in str(error) for cause in _ENVIRONMENT):
+            raise
+        code = _complain(error, str(error))
     except KeyboardInterrupt:
         print("fnml: interrupted", file=sys.stderr)
         code = 130
     except BrokenPipeError:
-        # Whoever read the output has had enough; nothing more can be written, not even at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
+    except OSError as error:
+        code = _complain(error, str(error))
+    finally:
+        _finish_output()
     sys.exit(code)
+
+
+def _run(arguments: Sequence[str]) -> int:
+    level = (os.environ.get("FNML_LOG_LEVEL") or "warning").upper()
+    if level not in ("DEBUG", "INFO", "WARNING", "ERROR"):
+        raise ConfigError(f"FNML_LOG_LEVEL={level.lower()}: expected debug, info, warning or error")
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    _logger.setLevel(level)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_usage())
+        return 0
+    name, *rest = arguments
+    if name == "--version":
+        print(f"fnml {fnml.__version__}")
+        return 0
+    if name not in COMMANDS:
+        hint = nearest(name, (*COMMANDS, "--help", "--version"))
+        print(f"fnml: there is no command {name!r}.{hint}\n\n{_usage()}", file=sys.stderr)
+        return 2
+    return _load(name)(rest)
+
+
+def _complain(error: BaseException, reason: str) -> int:
+    """Say in one sentence what went wrong; the traceback is for those who ask for it."""
+    # JAX adds a note on its own frames, between lines.
+    notes = [note for note in getattr(error, "__notes__", ()) if not note.startswith("---")]
+    with contextlib.suppress(OSError):
+        print("\n".join([f"fnml: {reason}", *notes]), file=sys.stderr)
+    _logger.debug("the error was raised here", exc_info=error)
+    return 1
+
+
+def _prepare_output() -> None:
+    """Make sure that no line can end a run: not by its letters, nor because nobody listens."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 (until Python exits)
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _finish_output() -> None:
+    """Write what is left; drop what cannot be written, so that Python's exit does not try again."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import rich
 import tyro
 from rich.table import Table
 
+from fnml.cli._show import show
 from fnml.core import ConfigError
-from fnml.recipes import load_plugin, plugins
+from fnml.recipes import find_recipe, load_plugin, plugins
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,13 @@ def command(arguments: Sequence[str]) -> int:
     failed = False
     for plugin in found:
         try:
-            load_plugin(plugin.group, plugin.name)
+            if plugin.group == "fnml.recipes":
+                find_recipe(plugin.name)
+            else:
+                load_plugin(plugin.group, plugin.name)
             state = "fine"
         except ConfigError as error:
             state, failed = str(error), True
         table.add_row(plugin.group, plugin.name, plugin.distribution, plugin.value, state)
-    rich.print(table)
+    show(table)
     return int(failed)

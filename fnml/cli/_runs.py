@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import rich
 import tyro
 from rich.table import Table
 
+from fnml.cli._show import show
 from fnml.core import RunError
 from fnml.recipes import read_record, read_result
 
@@ -27,14 +27,14 @@ def command(arguments: Sequence[str]) -> int:
     paths = parsed.runs or (Path("runs"),)
     single = len(paths) == 1 and not (paths[0] / "config.json").exists()
     if not single:
-        rich.print(_comparison(paths))
+        show(_comparison(paths))
         return 0
     if not paths[0].is_dir():
         raise RunError(f"there is no directory {paths[0]}: 'fnml train' makes runs below runs/")
     found = sorted(path.parent for path in paths[0].glob("*/config.json"))
     if not found:
         raise RunError(f"there are no runs below {paths[0]}: 'fnml train' makes one")
-    rich.print(_listing(found))
+    show(_listing(found))
     return 0
 
 
@@ -46,7 +46,7 @@ def _listing(directories: Sequence[Path]) -> Table:
         except RunError as error:
             table.add_row(str(directory), "", "", f"unreadable: {error}")
             continue
-        wanted = record["config"].get("run", {}).get("steps", "?")
+        wanted = dict(_flat(record["config"])).get("run.steps", "?")
         if result is None:
             steps = _newest(directory)
             table.add_row(str(directory), record["recipe"], f"{steps}/{wanted}", "unfinished")

@@ -8,11 +8,19 @@ from typing import Annotated, Any
 import tyro
 
 from fnml.cli._finish import report
-from fnml.recipes import FLAT, Output, find_recipe, new_directory, recipe_names, start
+from fnml.core import ConfigError
+from fnml.recipes import FLAT, Output, find_recipe, recipe_names, start
+
+_Out = Annotated[
+    Path | None,
+    tyro.conf.arg(
+        metavar="PATH", help="The run's directory, new or empty; by default a new one below runs/."
+    ),
+]
 
 
 def _help() -> str:
-    lines = [f"  {name:<9} {find_recipe(name).summary}" for name in recipe_names()]
+    lines = [f"  {name:<9} {_summary(name)}" for name in recipe_names()]
     return "\n".join(
         [
             "usage: fnml train [RECIPE] [options]",
@@ -24,6 +32,13 @@ def _help() -> str:
             "'fnml train RECIPE --help' shows a recipe's options.",
         ]
     )
+
+
+def _summary(name: str) -> str:
+    try:
+        return find_recipe(name).summary
+    except ConfigError as error:
+        return f"(cannot be used: {error})"
 
 
 def command(arguments: Sequence[str]) -> int:
@@ -40,10 +55,9 @@ def command(arguments: Sequence[str]) -> int:
         [
             ("config", Annotated[recipe.config, FLAT], field(default_factory=recipe.config)),
             ("output", Annotated[Output, FLAT], field(default_factory=Output)),
-            ("out", Path | None, None),
+            ("out", _Out, None),
         ],
         namespace={"__doc__": recipe.config.__doc__},
     )
     parsed = tyro.cli(parser, args=rest, prog=f"fnml train {name}")
-    directory = parsed.out or new_directory(Path("runs"), name)
-    return report(start(name, parsed.config, directory, parsed.output))
+    return report(start(name, parsed.config, parsed.out, parsed.output))

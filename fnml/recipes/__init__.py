@@ -2,6 +2,7 @@
 
 from fnml.recipes._config_json import from_json as from_json
 from fnml.recipes._config_json import to_json as to_json
+from fnml.recipes._memory import keep_memory as keep_memory
 from fnml.recipes._plugins import Plugin as Plugin
 from fnml.recipes._plugins import find_recipe as find_recipe
 from fnml.recipes._plugins import load_plugin as load_plugin

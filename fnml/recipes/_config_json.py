@@ -1,6 +1,8 @@
 """Configurations as JSON, read back with every value checked."""
 
 import dataclasses
+import math
+import sys
 import types
 import typing
 from collections.abc import Mapping
@@ -14,21 +16,30 @@ T = TypeVar("T")
 def to_json(config: Any) -> dict[str, Any]:
     """Return a configuration dataclass as plain JSON values.
 
+    Raises:
+      ConfigError: a number is NaN or infinite, for which JSON has no word; all are listed by path.
+
     >>> @dataclasses.dataclass(frozen=True)
     ... class Config:
     ...     sizes: tuple[int, ...] = (1, 2)
     >>> to_json(Config())
     {'sizes': [1, 2]}
     """
+    faults: list[str] = []
 
-    def plain(value: Any) -> Any:
+    def plain(value: Any, path: str) -> Any:
         if isinstance(value, Mapping):
-            return {str(key): plain(item) for key, item in value.items()}
+            return {str(key): plain(item, f"{path}/{key}") for key, item in value.items()}
         if isinstance(value, (tuple, list)):
-            return [plain(item) for item in value]
+            return [plain(item, f"{path}/{i}") for i, item in enumerate(value)]
+        if isinstance(value, float) and not math.isfinite(value):
+            faults.append(f"{path.lstrip('/')}: expected a finite number, got {value}")
         return value
 
-    return plain(dataclasses.asdict(config))
+    values = plain(dataclasses.asdict(config), "")
+    if faults:
+        raise ConfigError("the configuration cannot be kept:\n" + "\n".join(faults))
+    return values
 
 
 def from_json(cls: type[T], data: Any) -> T:
@@ -76,7 +87,9 @@ def _read(kind: Any, data: Any, path: str, faults: list[str]) -> Any:
             pairs = zip(arguments, data, strict=True)
             return tuple(_read(k, x, f"{path}/{i}", faults) for i, (k, x) in enumerate(pairs))
     elif kind is float and isinstance(data, (int, float)) and not isinstance(data, bool):
-        return float(data)
+        # An integer may be too large for a float.
+        if abs(data) <= sys.float_info.max:
+            return float(data)
     elif kind is type(None) and data is None:
         return None
     elif kind in (int, str, bool) and type(data) is kind:

@@ -1,5 +1,6 @@
 """Recipe: 8x8 handwritten digits."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import resources
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from fnml.core import ConfigError, Metrics, Model
+from fnml.core import ConfigError, Metrics, Model, fold_name
 from fnml.data import ArraySource, Batches, epoch, split
 from fnml.models import CNNConfig, MLPConfig, cnn, mlp
 from fnml.recipes._recipe import FLAT, Recipe, RunConfig, SampleConfig, Task
@@ -50,10 +51,24 @@ class DigitsConfig:
     """Share of the target spread over all classes."""
 
     def __post_init__(self) -> None:
+        # Fewer classes would not fail: the digits beyond them would be learnt as none.
+        given = {
+            "cnn.classes": (self.cnn.classes, 10),
+            "cnn.channels": (self.cnn.channels, 1),
+            "mlp.inputs": (self.mlp.inputs, 64),
+            "mlp.outputs": (self.mlp.outputs, 10),
+        }
+        faults = [
+            f"{name}={value}: expected {right}, as the digits have"
+            for name, (value, right) in given.items()
+            if value != right
+        ]
         if not 0 <= self.shift <= 3:
-            raise ConfigError(f"shift={self.shift}: expected 0 to 3 pixels")
+            faults.append(f"shift={self.shift}: expected 0 to 3 pixels")
         if not 0 <= self.label_smoothing < 1:
-            raise ConfigError(f"label_smoothing={self.label_smoothing}: expected 0 to below 1")
+            faults.append(f"label_smoothing={self.label_smoothing}: expected 0 to below 1")
+        if faults:
+            raise ConfigError("; ".join(faults))
 
 
 def read_digits() -> ArraySource:
@@ -89,10 +104,11 @@ def _loss_fn(config: DigitsConfig, model: Model, train: bool) -> Callable[..., A
         if key is not None and config.shift:
             images = _shifted(images, key, config.shift)
         images, stats = images[..., None], ()
+        key = None if key is None else fold_name(key, "dropout")
         if stateful:
-            logits, stats = model.apply(params, images, state=state, train=train)
+            logits, stats = model.apply(params, images, state=state, train=train, key=key)
         else:
-            logits = model.apply(params, images)
+            logits = model.apply(params, images, key=key)
         loss = cross_entropy(
             logits,
             batch["labels"],
@@ -114,26 +130,26 @@ def _sampler(model: Model, source: Any) -> Callable[[PyTree, PyTree, SampleConfi
         batch = source.gather(chosen)
         images = jnp.asarray(batch["images"], jnp.float32)[..., None] / 16.0
         if jax.tree.leaves(model.state):
-            logits, _ = model.apply(params, images, state=state, train=False)
+            apply = jax.jit(functools.partial(model.apply, train=False))
+            logits, _ = apply(params, images, state=state)
         else:
-            logits = model.apply(params, images)
+            logits = jax.jit(model.apply)(params, images)
         chances = np.asarray(jax.nn.softmax(logits))
-        shades = np.array(list(" .:-=+*#%@"))
-        pictures = shades[(batch["images"].astype(int) * 9) // 16]
-        lines = ["   ".join("".join(row * 2) for row in line) for line in _rows(pictures)]
         verdicts = [
             f"{p.argmax()} ({p.max():.0%}), is {label}"
             for p, label in zip(chances, batch["labels"], strict=True)
         ]
-        return "\n".join([*lines, "   ".join(f"{verdict:<16}" for verdict in verdicts)])
+        shades = np.array(list(" .:-=+*#%@"))
+        # Two characters a pixel make it about square, and four pictures fill a terminal's width.
+        pictures = shades[batch["images"].astype(int) * 9 // 16].repeat(2, axis=2)
+        lines = []
+        for i in range(0, len(pictures), 4):
+            for rows in pictures[i : i + 4].swapaxes(0, 1):
+                lines.append("   ".join("".join(row) for row in rows))
+            lines.append("   ".join(f"{verdict:<16}" for verdict in verdicts[i : i + 4]))
+        return "\n".join(line.rstrip() for line in lines)
 
     return sample
-
-
-def _rows(pictures: np.ndarray) -> Any:
-    """Iterate over the text lines of pictures ``[N, H, W]`` put side by side."""
-    for y in range(pictures.shape[1]):
-        yield [np.repeat(picture[y], 1) for picture in pictures]
 
 
 def _build(config: DigitsConfig, directory: Path | None) -> Task:

@@ -29,7 +29,7 @@ class LmConfig:
     """
 
     run: Annotated[RunConfig, FLAT] = RunConfig(
-        steps=4000, batch_size=16, log_every=100, eval_every=1000, save_every=1000
+        steps=2000, batch_size=16, keep_memory=True, log_every=50, eval_every=1000, save_every=500
     )
     """How the run goes."""
     optimizer: Annotated[OptimizerConfig, FLAT] = OptimizerConfig(
@@ -76,7 +76,8 @@ def _spread(mask: jax.Array, targets: jax.Array) -> jax.Array:
 
 def _sampler(config: GPTConfig, tokenizer: Tokenizer) -> Callable[..., str]:
     def sample(params: PyTree, state: PyTree, options: SampleConfig) -> str:
-        prompt = tokenizer.encode((options.prompt or "\n").encode())[-config.context // 2 :]
+        text = (options.prompt or "\n").encode("utf-8", "surrogateescape")
+        prompt = tokenizer.encode(text)[-config.context // 2 :]
         out = generate(
             config,
             params,
@@ -103,12 +104,20 @@ def _source(name: str, tokens: np.ndarray, window: int, stride: int) -> TokenSou
 def _tokenizer(config: LmConfig, corpus: Corpus, directory: Path | None) -> tuple[Any, dict]:
     if config.tokens == "bytes":
         return ByteTokenizer(), {}
-    data = (
-        (directory / _TOKENIZER).read_bytes()
-        if directory is not None
-        else train_bpe(corpus.train, config.model.vocab)
-    )
-    return BpeTokenizer(data), {_TOKENIZER: data}
+    if directory is None:
+        data = train_bpe(corpus.train, config.model.vocab)
+        return BpeTokenizer(data), {_TOKENIZER: data}
+    path = directory / _TOKENIZER
+    try:
+        tokenizer = BpeTokenizer(path.read_bytes())
+    except (OSError, DataError) as error:
+        raise DataError(f"the run's tokenizer {path} cannot be read: {error}") from error
+    if len(tokenizer.lengths) != config.model.vocab:
+        raise DataError(
+            f"{path} has {len(tokenizer.lengths)} tokens, the run's model {config.model.vocab}: "
+            "it is another run's tokenizer"
+        )
+    return tokenizer, {}
 
 
 def _build(config: LmConfig, directory: Path | None) -> Task:

@@ -46,9 +46,10 @@ def load_plugin(group: str, name: str) -> Any:
         raise ConfigError(f"the plugin {name!r} in {group} is ambiguous: {brought}")
     try:
         return points[0].load()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ConfigError(
-            f"the plugin {name!r} in {group} ({points[0].value}) fails to import: {error}"
+            f"the plugin {name!r} in {group} ({points[0].value}) fails to import: "
+            f"{type(error).__name__}: {error}"
         ) from error
 
 

@@ -15,6 +15,7 @@ PyTree = Any
 # Marks a nested configuration whose options need no prefix: ``--steps`` instead of ``--run.steps``.
 FLAT = tyro.conf.arg(name="")
 LossFn = Callable[..., tuple[jax.Array, Metrics]]
+_MOST_STEPS = 2**31 - 1  # the state counts them in int32
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class RunConfig:
     """What to keep for the backward pass ("nothing" saves most memory); "off" decides nothing."""
     fuse: int = 1
     """Steps per dispatch; the results are the same bits."""
+    keep_memory: bool = False
+    """On CPU, keep freed memory for the next step: faster for all but very small models."""
     log_every: int = 50
     """Steps between rows of training metrics."""
     eval_every: int = 500
@@ -71,6 +74,8 @@ class RunConfig:
             for name, low in least.items()
             if getattr(self, name) < low
         ]
+        if self.steps > _MOST_STEPS:
+            faults.append(f"steps={self.steps}: expected at most {_MOST_STEPS}")
         if not self.save_minutes > 0:
             faults.append(f"save_minutes={self.save_minutes}: expected more than 0")
         if self.accumulate > 0 and self.batch_size % self.accumulate:
@@ -86,7 +91,7 @@ class SampleConfig:
     """Say what to draw from a trained model.
 
     Raises:
-      ConfigError: a value is out of range.
+      ConfigError: a value is out of range; all of them are listed.
     """
 
     prompt: str = ""
@@ -101,11 +106,18 @@ class SampleConfig:
     """Decides the draws."""
 
     def __post_init__(self) -> None:
-        if self.length < 1 or self.temperature < 0 or self.top_k < 0:
-            raise ConfigError(
-                "sampling needs length >= 1, temperature >= 0 and top_k >= 0, got "
-                f"length={self.length}, temperature={self.temperature}, top_k={self.top_k}"
+        faults = [
+            f"{name}={getattr(self, name)}: expected {expected}"
+            for name, fine, expected in (
+                ("length", self.length >= 1, "at least 1"),
+                ("temperature", self.temperature >= 0, "at least 0"),
+                ("top_k", self.top_k >= 0, "at least 0"),
+                ("seed", 0 <= self.seed < 2**63, "at least 0 and below 2**63"),
             )
+            if not fine
+        ]
+        if faults:
+            raise ConfigError("; ".join(faults))
 
 
 class Task(NamedTuple):
@@ -154,7 +166,11 @@ class Recipe(NamedTuple):
 
 @dataclass(frozen=True)
 class Output:
-    """Say where a run's record goes."""
+    """Say where a run's record goes.
+
+    Raises:
+      ConfigError: the port is none.
+    """
 
     sinks: tuple[str, ...] = ("jsonl", "csv")
     """Files and services that get every row: jsonl, csv, tensorboard, prometheus, or a plugin's."""
@@ -162,3 +178,7 @@ class Output:
     """The loopback port that the prometheus sink serves /metrics on; 0 for a free one."""
     quiet: bool = False
     """Show no progress on the terminal."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.prometheus_port <= 65535:
+            raise ConfigError(f"prometheus_port={self.prometheus_port}: expected 0 to 65535")

@@ -2,10 +2,11 @@
 
 import contextlib
 import functools
+import logging
 import os
 import platform
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ import jax
 
 import fnml
 from fnml import sinks, transforms
-from fnml.checkpoint import Checkpointer, restore, tree_sha256
+from fnml.checkpoint import Checkpointer, restore, restore_meta, tree_sha256
 from fnml.core import (
     CheckpointError,
     ConfigError,
@@ -24,11 +25,20 @@ from fnml.core import (
     fold_name,
     init,
     nearest,
+    require,
 )
 from fnml.recipes._config_json import from_json, to_json
+from fnml.recipes._memory import keep_memory
 from fnml.recipes._plugins import find_recipe, load_plugin, plugins
 from fnml.recipes._recipe import Output, Recipe, Task
-from fnml.recipes._run_directory import create, locked, read_record, read_result, write_result
+from fnml.recipes._run_directory import (
+    create,
+    locked,
+    new_directory,
+    read_record,
+    read_result,
+    write_result,
+)
 from fnml.train import (
     Every,
     Fit,
@@ -42,6 +52,7 @@ from fnml.train import (
 )
 
 PyTree = Any
+_LOG = logging.getLogger("fnml")
 
 
 class Loaded(NamedTuple):
@@ -82,12 +93,12 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "backend": jax.default_backend(),
         "devices": [device.device_kind for device in jax.devices()],
-        "cpus": len(os.sched_getaffinity(0)),
+        "cpus": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
     }
 
 
-def start(name: str, config: Any, directory: Path, output: Output) -> Finished:
-    """Train a recipe from the beginning, in a new run directory.
+def start(name: str, config: Any, directory: Path | None, output: Output) -> Finished:
+    """Train a recipe from the beginning, in a new run directory; ``None`` for one below runs/.
 
     Everything that can be refused is refused before the directory is made.
 
@@ -96,20 +107,19 @@ def start(name: str, config: Any, directory: Path, output: Output) -> Finished:
         another run; the loss became NaN or infinite.
     """
     recipe = find_recipe(name)
+    if config.run.keep_memory:
+        keep_memory()
     task = recipe.build(config, None)
     _check_sinks(output)
     _check_trainable(task, config)
-    create(
-        directory,
-        {
-            "recipe": name,
-            "config": to_json(config),
-            "output": to_json(output),
-            "environment": environment(),
-        },
-    )
-    for file, data in task.files.items():
-        (directory / file).write_bytes(data)
+    record = {
+        "recipe": name,
+        "config": to_json(config),
+        "output": to_json(output),
+        "environment": environment(),
+    }
+    directory = new_directory(Path("runs"), name) if directory is None else directory
+    create(directory, record, task.files)
     return _train(task, name, config, directory, output, fresh=True)
 
 
@@ -131,6 +141,10 @@ def resume(directory: Path, output: Output | None = None) -> Finished:
         )
     recipe, config = _read_config(record)
     kept = output or from_json(Output, record["output"])
+    if config.run.keep_memory:
+        keep_memory()
+    _check_sinks(kept)
+    _warn_of_changes(record)
     task = recipe.build(config, directory)
     return _train(task, record["recipe"], config, directory, kept, fresh=False)
 
@@ -153,6 +167,24 @@ def load(directory: Path, step: int | None = None) -> Loaded:
 def evaluate(loaded: Loaded) -> dict[str, float]:
     """Evaluate a model on its recipe's held-out set."""
     return means(evaluator(loaded.task.eval_loss_fn, loaded.task.held_out)(loaded.state))
+
+
+def _warn_of_changes(record: Mapping[str, Any]) -> None:
+    before, now = record.get("environment"), environment()
+    if not isinstance(before, Mapping):
+        return
+    changed = [
+        f"{name} was {before[name]}, is {value}"
+        for name, value in now.items()
+        # The platform's text has the kernel's version in it, which decides no bits.
+        if name != "platform" and name in before and before[name] != value
+    ]
+    if changed:
+        _LOG.warning(
+            "this run began elsewhere, so its result may not have the bits of an uninterrupted "
+            "one: %s",
+            "; ".join(changed),
+        )
 
 
 def _read_config(record: Mapping[str, Any]) -> tuple[Recipe, Any]:
@@ -189,6 +221,9 @@ def _check_trainable(task: Task, config: Any) -> None:
 
 
 def _check_sinks(output: Output) -> None:
+    twice = sorted({name for name in output.sinks if output.sinks.count(name) > 1})
+    if twice:
+        raise ConfigError(f"the sinks {', '.join(twice)} are named twice: every row goes once")
     known = {*_BUILT_IN, *(p.name for p in plugins() if p.group == "fnml.sinks")}
     for name in output.sinks:
         if name not in known:
@@ -196,9 +231,19 @@ def _check_sinks(output: Output) -> None:
                 f"there is no sink {name!r}.{nearest(name, known)} There are: "
                 f"{', '.join(sorted(known))}"
             )
+        if name not in _BUILT_IN:
+            load_plugin("fnml.sinks", name)
+        elif module := _BUILT_IN[name]:
+            require(module, extra=name)
 
 
-_BUILT_IN = ("jsonl", "csv", "tensorboard", "prometheus")
+# The package that a sink needs, of the extra of the sink's own name.
+_BUILT_IN = {
+    "jsonl": None,
+    "csv": None,
+    "tensorboard": "tensorboard",
+    "prometheus": "prometheus_client",
+}
 
 
 def _open_sink(name: str, directory: Path, after: int | None, output: Output) -> Sink:
@@ -231,15 +276,21 @@ def _train(
         )
         state, memory, batches = _where_to_start(task, config, checkpoints, keeper, fresh)
         begun = int(state.step)
-        console = sinks.Console(
-            run.steps, stream=sys.stderr if not output.quiet else None, start=begun
-        )
-        stack.callback(console.close)
-        outputs: list[Sink] = [console] if not output.quiet else []
+        outputs: list[Sink] = []
+        note: Callable[[str], None] = _LOG.warning
+        if not output.quiet:
+            console = sinks.Console(run.steps, stream=sys.stderr, start=begun)
+            stack.callback(console.close)
+            outputs.append(console)
+            note = console.note
         for sink_name in output.sinks:
-            sink = _open_sink(sink_name, directory, None if fresh else begun, output)
+            # Taken up again from the beginning, a run writes all of its rows anew.
+            after = None if fresh else begun or -1
+            sink = _open_sink(sink_name, directory, after, output)
             stack.callback(sink.close)
             outputs.append(sink)
+            if isinstance(sink, sinks.Prometheus) and not output.quiet:
+                note(f"serving http://127.0.0.1:{sink.port}/metrics")
         should_stop = stack.enter_context(stop_on_signals())
         callbacks = []
         if run.patience:
@@ -257,7 +308,8 @@ def _train(
             steps=run.steps,
             fuse=run.fuse,
             log_every=run.log_every,
-            sinks=outputs,
+            # A sink that fails for a while must not end a run of a week.
+            sinks=[sinks.tee(outputs)],
             evaluate=evaluator(task.eval_loss_fn, task.held_out),
             eval_every=Every(steps=run.eval_every),
             callbacks=callbacks,
@@ -266,7 +318,7 @@ def _train(
             save_metric=metric,
             should_stop=should_stop,
             resume=memory,
-            note=console.note,
+            note=note,
         )
         keeper.wait()
         signal = outcome.stopped if outcome.stopped in ("SIGINT", "SIGTERM") else None
@@ -282,14 +334,24 @@ def _where_to_start(
     if fresh or not keeper.steps():
         return _initial_state(task, config), None, task.train
     target = jax.eval_shape(functools.partial(_initial_state, task, config))
-    found = restore(checkpoints, target)
-    differing = list(_differences(found.meta.get("config"), to_json(config)))
+    try:
+        found = restore(checkpoints, target)
+    except CheckpointError:
+        # A field's name says more than the arrays that do not fit because of it.
+        _check_config(restore_meta(checkpoints), config)
+        raise
+    _check_config(found.meta, config)
+    return found.state, found.meta, task.train.resume(found.meta["data"])
+
+
+def _check_config(meta: Mapping[str, Any], config: Any) -> None:
+    differing = list(_differences(meta.get("config"), to_json(config)))
     if differing:
         raise CheckpointError(
-            f"the checkpoint of step {found.step} is of another configuration than the run's "
-            "config.json: " + "; ".join(differing) + ". Put config.json back as it was"
+            "the checkpoints are of another configuration than the run's config.json: "
+            + "; ".join(differing)
+            + ". Put config.json back as it was"
         )
-    return found.state, found.meta, task.train.resume(found.meta["data"])
 
 
 def _differences(there: Any, here: Any, path: str = "") -> Iterator[str]:
