@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from fnml.core import ConfigError, ShapeError
+from fnml.models._floats import refuse_integers
 from fnml.models._wide import wide
 
 Padding = Literal["SAME", "VALID"]
@@ -39,7 +40,8 @@ def conv2d(
       padding: ``"SAME"`` (H' = ceil(H / stride), zeros outside) or ``"VALID"`` (no padding).
 
     Raises:
-      ShapeError: the channels differ, or the kernel does not fit into the padded image.
+      ShapeError: the channels differ, the kernel does not fit into the padded image, or ``x`` holds
+        integers.
       ConfigError: the stride or the padding is not one of the above.
 
     >>> import jax.numpy as jnp
@@ -55,6 +57,7 @@ def conv2d(
             f"conv2d got x {x.shape} and a kernel {kernel.shape}: "
             "expected x [B, H, W, C] and a kernel [h, w, C, F]"
         )
+    refuse_integers("conv2d", x)
     height, width, channels, features = kernel.shape
     rows_pad = _pads(x.shape[1], height, stride, padding)
     cols_pad = _pads(x.shape[2], width, stride, padding)

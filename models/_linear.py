@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from fnml.core import ShapeError
+from fnml.models._floats import refuse_integers
 
 
 def _dot(a: jax.Array, b: jax.Array, over: tuple[int, int], dtype: Any) -> jax.Array:
@@ -55,7 +56,7 @@ def linear(
     Law: ``linear(x, w, b)[i] == linear(x[i], w, b)`` to rounding.
 
     Raises:
-      ShapeError: the sizes do not fit.
+      ShapeError: the sizes do not fit, or ``x`` holds integers.
 
     >>> import jax.numpy as jnp
     >>> linear(jnp.ones((2, 5, 3)), jnp.ones((3, 4)), jnp.zeros(4)).shape
@@ -66,6 +67,7 @@ def linear(
             f"linear got x {x.shape} and a kernel {kernel.shape}: "
             "expected x [..., D] and a kernel [D, F]"
         )
+    refuse_integers("linear", x)
     if bias is not None and bias.shape != kernel.shape[1:]:
         raise ShapeError(
             f"linear got a bias {bias.shape} and a kernel {kernel.shape}: expected a bias [F]"

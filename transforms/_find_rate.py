@@ -13,6 +13,7 @@ from fnml.core import ConfigError, step_key
 from fnml.transforms._layout import GradFn
 
 PyTree = Any
+_RATES = tuple(np.geomspace(1e-5, 1.0, 21).tolist())
 
 
 class Rates(NamedTuple):
@@ -36,7 +37,7 @@ def find_rate(
     batches: PyTree,
     key: jax.Array,
     *,
-    rates: Sequence[float] = tuple(float(r) for r in np.geomspace(1e-5, 1.0, 21)),
+    rates: Sequence[float] = _RATES,
     **options: Any,
 ) -> Rates:
     """Train from the same parameters with each learning rate for a few steps, all at once.

@@ -81,5 +81,5 @@ def nearest(name: str, options: Iterable[str]) -> str:
     >>> nearest("zebra", ["digits", "lm"])
     ''
     """
-    close = difflib.get_close_matches(name, sorted(options), n=3, cutoff=0.6)
+    close = difflib.get_close_matches(name, sorted(set(options)), n=3, cutoff=0.6)
     return f" Did you mean {' or '.join(repr(c) for c in close)}?" if close else ""

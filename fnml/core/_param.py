@@ -108,6 +108,8 @@ def init(spec: PyTree, key: jax.Array, shardings: PyTree | None = None) -> PyTre
     (2, 3)
     """
 
+    if hasattr(spec, "spec") and hasattr(spec, "apply"):
+        raise ConfigError("init takes a spec, got a Model: pass model.spec (or model.state)")
     names = leaf_names(spec)
     faults = [
         f"{name}: expected a Param in the spec, got {type(leaf).__name__}"

@@ -21,6 +21,30 @@ def _options(state: State) -> dict[str, Any]:
     return {"state": state.model_state} if jax.tree.leaves(state.model_state) else {}
 
 
+def _outline(value: Any) -> str:
+    """Describe a nest of tuples in a few words, for a message."""
+    if isinstance(value, tuple):
+        return f"({', '.join(_outline(item) for item in value)})"
+    shape = getattr(value, "shape", None)
+    return type(value).__name__ if shape is None else f"array{list(shape)}"
+
+
+def _contract(out: Any) -> tuple[jax.Array, Metrics]:
+    """Check what a loss function returned.
+
+    Raises:
+      ShapeError: it is not ``(loss, metrics)`` with a scalar float loss and :class:`fnml.Metrics`.
+    """
+    if isinstance(out, tuple) and len(out) == 2 and isinstance(out[1], Metrics):
+        shape, dtype = getattr(out[0], "shape", None), getattr(out[0], "dtype", None)
+        if shape == () and dtype is not None and jnp.issubdtype(dtype, jnp.floating):
+            return out
+    raise ShapeError(
+        "a loss function returns (loss, fnml.Metrics(weight, ...)) with the loss a scalar float, "
+        f"such as mean.value; this one returns {_outline(out)}"
+    )
+
+
 def _named(loss: jax.Array, metrics: Metrics) -> dict[str, Mean]:
     if "loss" in metrics.values:
         raise ConfigError("a loss function's metrics cannot be named 'loss': that is the loss")
@@ -57,7 +81,8 @@ def train_step(
 
     Raises:
       ConfigError: ``momentum`` is not in ``[0, 1)``.
-      ShapeError: model statistics do not have the model state's structure (when called).
+      ShapeError: ``grad_fn`` does not return ``((loss, metrics), grads)``, or model statistics do
+        not have the model state's structure (when called).
 
     >>> import jax, jax.numpy as jnp, optax
     >>> def loss_fn(params, batch, key):
@@ -74,7 +99,14 @@ def train_step(
 
     def step(state: State, batch: PyTree) -> tuple[State, dict[str, Mean]]:
         key = step_key(state.key, state.step)
-        (loss, metrics), grads = grad_fn(state.params, batch, key, **_options(state))
+        out = grad_fn(state.params, batch, key, **_options(state))
+        if not (isinstance(out, tuple) and len(out) == 2 and isinstance(out[0], tuple)):
+            raise ShapeError(
+                "train_step takes a gradient function that returns ((loss, metrics), grads), such "
+                "as jax.value_and_grad(loss_fn, has_aux=True); this one returns "
+                f"{_outline(out)}"
+            )
+        (loss, metrics), grads = _contract(out[0]), out[1]
         # Optax mixes floats and integers, which a user's strict promotion would refuse.
         with jax.numpy_dtype_promotion("standard"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -121,7 +153,7 @@ def eval_step(loss_fn: LossFn) -> Callable[[State, PyTree], dict[str, Mean]]:
     """
 
     def step(state: State, batch: PyTree) -> dict[str, Mean]:
-        return _named(*loss_fn(state.params, batch, None, **_options(state)))
+        return _named(*_contract(loss_fn(state.params, batch, None, **_options(state))))
 
     return step
 

@@ -138,3 +138,31 @@ def test_an_evaluator_merges_batches_of_unequal_weight_and_reads_them_anew():
     assert len(calls) == 2
     with pytest.raises(ConfigError, match="no batches"):
         evaluator(quadratic, list)(state)
+
+
+@pytest.mark.parametrize(
+    ("returned", "said"),
+    [
+        (lambda mean: mean.value, r"this one returns array\[\]"),
+        (lambda mean: (mean.value, {"loss": mean}), r"\(array\[\], dict\)"),
+        (lambda mean: (mean, Metrics(mean.weight)), r"\(Mean, Metrics\)"),
+        (lambda mean: (mean.value[None], Metrics(mean.weight)), r"\(array\[1\], Metrics\)"),
+    ],
+)
+def test_a_loss_that_returns_something_else_is_refused_by_its_contract(returned, said) -> None:
+    def loss_fn(params, batch, key):
+        return returned(Mean.of(batch * params))
+
+    state = State.create(jnp.float32(1.0), optax.sgd(0.1), jax.random.key(0))
+    with pytest.raises(ShapeError, match="returns .loss, fnml.Metrics.*" + said):
+        eval_step(loss_fn)(state, jnp.ones(3))
+
+
+def test_a_loss_in_place_of_its_gradient_is_refused() -> None:
+    def loss_fn(params, batch, key):
+        mean = Mean.of(batch * params)
+        return mean.value, Metrics(mean.weight)
+
+    state = State.create(jnp.float32(1.0), optax.sgd(0.1), jax.random.key(0))
+    with pytest.raises(ShapeError, match=r"value_and_grad\(loss_fn, has_aux=True\)"):
+        train_step(loss_fn, optax.sgd(0.1))(state, jnp.ones(3))
