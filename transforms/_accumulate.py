@@ -64,4 +64,4 @@ def accumulate(grad_fn: GradFn, count: int) -> GradFn:
 
         return ordered_sum(part, count)
 
-    return Laid(count * inner.shards, sums)
+    return Laid(count * inner.shards, sums, inner.devices)

@@ -14,6 +14,7 @@ from fnml.transforms._layout import (
     Laid,
     Sums,
     check_blocks,
+    check_one_device,
     laid,
     pairwise,
     split_batch,
@@ -49,8 +50,8 @@ def data_parallel(
       reduce: ``"exact"`` or ``"fast"``.
 
     Raises:
-      LayoutError: the mesh has no such axis, ``reduce`` is unknown, the inner number of shards is
-        no power of two, or the axis does not divide the batch (when called).
+      LayoutError: the mesh has no such axis, ``reduce`` is unknown, ``grad_fn`` is laid out over
+        devices already or over a number of shards that is no power of two, or the axis does not divide the batch (when called).
 
     >>> import jax, jax.numpy as jnp
     >>> from fnml.core import Mean, Metrics
@@ -71,6 +72,7 @@ def data_parallel(
     check_reduce(reduce)
     devices, inner = mesh.shape[axis], laid(grad_fn)
     check_blocks(inner, "data_parallel")
+    check_one_device(inner, "data_parallel")
 
     def sums(
         params: PyTree, batch: PyTree, key: jax.Array, first: jax.Array, options: dict[str, Any]
@@ -97,7 +99,7 @@ def data_parallel(
         )
         return run(params, batch, key, first, arrays)
 
-    return Laid(devices * inner.shards, sums)
+    return Laid(devices * inner.shards, sums, devices)
 
 
 def check_reduce(reduce: str) -> None:

@@ -16,13 +16,13 @@ class EmaState(NamedTuple):
     """The optimizer state of :func:`ema`.
 
     Attributes:
-      count: int32 scalar, the number of updates averaged.
+      steps: int32 scalar, the number of updates averaged.
       average: the parameters' average, float32 where they are narrower; read it with
         :func:`ema_params`.
       inner: the inner optimizer's state.
     """
 
-    count: jax.Array
+    steps: jax.Array
     average: PyTree
     inner: PyTree
 
@@ -66,11 +66,11 @@ def ema(
         raise ConfigError(f"ema's decay is a share in (0, 1), got {decay}")
     inner = optax.with_extra_args_support(optimizer)
 
-    def gain(count: jax.Array) -> jax.Array:
+    def gain(steps: jax.Array) -> jax.Array:
         if not debias:
             return jnp.full((), 1 - decay, jnp.float32)
         # 1 - decay**t without the cancellation, which for small t would leave three digits.
-        return (1 - decay) / -jnp.expm1(count.astype(jnp.float32) * math.log(decay))
+        return (1 - decay) / -jnp.expm1(steps.astype(jnp.float32) * math.log(decay))
 
     def init(params: PyTree) -> EmaState:
         average = jax.tree.map(lambda p: p.astype(_wide(p)), params)
@@ -82,14 +82,14 @@ def ema(
         if params is None:
             raise ConfigError("ema averages parameters: call update(grads, state, params)")
         updates, inner_state = inner.update(grads, state.inner, params, **extra)
-        count = state.count + 1
-        share = gain(count)
+        steps = state.steps + 1
+        share = gain(steps)
 
         def move(average: jax.Array, p: jax.Array) -> jax.Array:
             return average + share.astype(average.dtype) * (p.astype(average.dtype) - average)
 
         new = optax.apply_updates(params, updates)
-        return updates, EmaState(count, jax.tree.map(move, state.average, new), inner_state)
+        return updates, EmaState(steps, jax.tree.map(move, state.average, new), inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

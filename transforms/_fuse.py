@@ -75,6 +75,7 @@ def fuse(step: Step, count: int) -> Callable[..., tuple[State, PyTree]]:
                 metrics,
             )
 
-        return lax.fori_loop(jnp.int32(0), jnp.asarray(steps, jnp.int32), body, (state, recorded))
+        last = jnp.minimum(jnp.asarray(steps, jnp.int32), count)
+        return lax.fori_loop(jnp.int32(0), last, body, (state, recorded))
 
     return fused

@@ -84,10 +84,12 @@ class Laid:
       shards: the number of logical shards that a call's batch is made of.
       sums: ``sums(params, batch, key, first, options) -> Sums`` of the shards with flat indices
         ``first .. first + shards - 1``, which ``batch`` holds.
+      devices: the number of devices that compute them; 1 for a layout in time alone.
     """
 
     shards: int
     sums: Callable[[PyTree, PyTree, jax.Array, jax.Array, dict[str, Any]], Sums]
+    devices: int = 1
 
     def __call__(
         self, params: PyTree, batch: PyTree, key: jax.Array, **options: Any
@@ -95,10 +97,36 @@ class Laid:
         return from_sums(self.sums(params, batch, key, jnp.int32(0), options), params)
 
 
+@dataclass(frozen=True)
+class Whole:
+    """A gradient function of a whole batch, which no layout may divide.
+
+    Attributes:
+      call: the function.
+      name: the transform that made it.
+      why: the rule, and the order that works.
+    """
+
+    call: GradFn
+    name: str
+    why: str
+
+    def __call__(
+        self, params: PyTree, batch: PyTree, key: jax.Array, **options: Any
+    ) -> tuple[tuple[jax.Array, Metrics], PyTree]:
+        return self.call(params, batch, key, **options)
+
+
 def laid(grad_fn: GradFn) -> Laid:
-    """Return ``grad_fn`` as a layout: itself if it is one, else as a single shard."""
+    """Return ``grad_fn`` as a layout: itself if it is one, else as a single shard.
+
+    Raises:
+      LayoutError: ``grad_fn`` is one of a whole batch.
+    """
     if isinstance(grad_fn, Laid):
         return grad_fn
+    if isinstance(grad_fn, Whole):
+        raise LayoutError(f"{grad_fn.name} cannot go inside a layout: {grad_fn.why}")
 
     def sums(
         params: PyTree, batch: PyTree, key: jax.Array, first: jax.Array, options: dict[str, Any]
@@ -109,18 +137,21 @@ def laid(grad_fn: GradFn) -> Laid:
     return Laid(1, sums)
 
 
-def refuse_laid(grad_fn: GradFn, name: str) -> None:
-    """Refuse a layout where a function of one shard is needed.
+def refuse_laid(grad_fn: GradFn, name: str, cure: str | None = None) -> None:
+    """Refuse a layout, or a function of a whole batch, where one of a single shard is needed.
 
     Raises:
-      LayoutError: ``grad_fn`` is laid out already; the message names the order that works.
+      LayoutError: ``grad_fn`` is one of these; the message names the order that works: ``cure``,
+        or the layout outside.
     """
+    if isinstance(grad_fn, Whole):
+        raise LayoutError(f"{name} cannot go around {grad_fn.name}: {grad_fn.why}")
     if isinstance(grad_fn, Laid):
-        raise LayoutError(
-            f"{name} changes how one shard's gradients are computed, so it goes inside a layout: "
-            f"accumulate({name}(grad_fn, ...), n) or data_parallel({name}(grad_fn, ...), mesh), "
-            "not the other way round"
+        inside = (
+            f"it changes how one shard's gradients are computed, so it goes inside: "
+            f"accumulate({name}(grad_fn, ...), n) or data_parallel({name}(grad_fn, ...), mesh)"
         )
+        raise LayoutError(f"{name} cannot go around a layout: {cure or inside}")
 
 
 def check_blocks(inner: Laid, name: str) -> None:
@@ -134,6 +165,19 @@ def check_blocks(inner: Laid, name: str) -> None:
             f"{name} over a layout of {inner.shards} shards would add in another order than the "
             f"flat batch: the inner number of shards has to be a power of two. Put the "
             f"accumulation by {inner.shards & -inner.shards} inside and the rest outside"
+        )
+
+
+def check_one_device(inner: Laid, name: str) -> None:
+    """Refuse to divide over devices what is divided over devices already.
+
+    Raises:
+      LayoutError: ``inner`` computes on several devices.
+    """
+    if inner.devices > 1:
+        raise LayoutError(
+            f"{name} cannot go around a layout over {inner.devices} devices: divide over devices "
+            "once and lay the rest out in time, as in accumulate(data_parallel(grad_fn, mesh), n)"
         )
 
 

@@ -90,9 +90,14 @@ def scaled_value_and_grad(loss_fn: LossFn) -> GradFn:
         if "loss_scale" in metrics.values:
             raise ConfigError("a loss's metrics cannot be named 'loss_scale': that is the scale")
         values = {**metrics.values, "loss_scale": Mean(scale, one)}
-        # The reciprocal of a power of two is exact.
-        grads = jax.tree.map(lambda g: (g.astype(jnp.float32) * (1 / scale)).astype(g.dtype), grads)
-        return (loss, dataclasses.replace(metrics, values=values)), grads
+        # The reciprocal of a power of two is exact, and so is the product with it.
+        inverse = 1 / scale
+
+        def unscale(g: jax.Array) -> jax.Array:
+            wide = g.astype(jnp.float32) if g.dtype.itemsize < 4 else g
+            return (wide * inverse.astype(wide.dtype)).astype(g.dtype)
+
+        return (loss, dataclasses.replace(metrics, values=values)), jax.tree.map(unscale, grads)
 
     return grad_fn
 
@@ -155,6 +160,21 @@ def loss_scaling(
       ConfigError: an argument is out of range; when called, the state has no loss scale, or a
         metric has a name that this needs.
       LayoutError: ``grad_fn`` was not made by :func:`scaled_value_and_grad` (when called).
+
+    >>> import jax, jax.numpy as jnp, optax
+    >>> from fnml.train import train_step
+    >>> def loss_fn(params, batch, key):
+    ...     error = Mean.of((params - batch) ** 2)
+    ...     return error.value, Metrics(error.weight)
+    >>> optimizer = optax.sgd(0.5)
+    >>> step = loss_scaling(lambda g: train_step(g, optimizer), scaled_value_and_grad(loss_fn))
+    >>> state = State.create(jnp.float32(2.0), optimizer, jax.random.key(0))
+    >>> state, metrics = step(with_loss_scale(state, 2.0**127), jnp.float32(1.0))
+    >>> float(state.params), float(state.opt_state.loss_scale.scale) == 2.0**126
+    (2.0, True)
+    >>> state, metrics = step(state, jnp.float32(1.0))
+    >>> float(state.params), float(metrics["overflow"].value)
+    (1.0, 0.0)
     """
     if interval < 1 or factor <= 1 or smallest > largest:
         raise ConfigError(
@@ -169,9 +189,7 @@ def loss_scaling(
         grown = jnp.where(grow, jnp.minimum(scale * factor, largest), scale)
         shrunk = jnp.maximum(scale / factor, smallest)
         none = jnp.zeros_like(good)
-        return LossScale(
-            jnp.where(fine, grown, shrunk), jnp.where(fine & ~grow, good, none)
-        )
+        return LossScale(jnp.where(fine, grown, shrunk), jnp.where(fine & ~grow, good, none))
 
     def step(state: State, batch: PyTree) -> tuple[State, dict[str, Mean]]:
         if not isinstance(state.opt_state, LossScaled):

@@ -45,7 +45,8 @@ def mixed_precision(
     as they are, and so are metrics: their weights count, which a narrow dtype cannot.
 
     Law: ``mixed_precision(f, policy)(params, batch, key)`` is ``f`` of the arguments cast by hand,
-    bit for bit; with all three dtypes those of the arguments it is ``f`` itself.
+    bit for bit, and so are its gradients where the cast is inside what is differentiated; with all
+    three dtypes those of the arguments it is ``f`` itself.
 
     Source: Micikevicius et al. 2018, arXiv:1710.03740, section 3.1 (a float32 master copy).
 
@@ -95,7 +96,9 @@ def mixed_precision(
                 "them, name them in keep=, or change Policy.params"
             )
         out = loss_fn(
-            _cast(params, kept, compute), _cast(batch, mask(batch, keep_inputs), compute), key,
+            _cast(params, kept, compute),
+            _cast(batch, mask(batch, keep_inputs), compute),
+            key,
             **options,
         )
         refuse_gradients(out, "mixed_precision")

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from fnml.core import LayoutError, Metrics, shard_key
-from fnml.transforms._layout import GradFn, refuse_laid, split_batch
+from fnml.transforms._layout import GradFn, Whole, refuse_laid, split_batch
 
 PyTree = Any
 
@@ -44,7 +44,7 @@ def per_example(grad_fn: GradFn, chunk: int | None = None) -> GradFn:
     >>> grads.tolist()
     [-2.0, -6.0]
     """
-    refuse_laid(grad_fn, "per_example")
+    refuse_laid(grad_fn, "per_example", "bound its memory with per_example(grad_fn, chunk=...)")
     if chunk is not None and chunk < 1:
         raise LayoutError(f"per_example needs chunks of at least 1 example, got {chunk}")
 
@@ -69,4 +69,8 @@ def per_example(grad_fn: GradFn, chunk: int | None = None) -> GradFn:
         out = lax.map(lambda part: jax.vmap(one)(*part), chunks)
         return jax.tree.map(lambda x: x.reshape(size, *x.shape[2:]), out)
 
-    return each
+    why = (
+        "it returns a gradient for each example, and a layout would add them up: bound its memory "
+        "with per_example(grad_fn, chunk=...)"
+    )
+    return Whole(each, "per_example", why)

@@ -9,7 +9,15 @@ from jax import lax
 
 from fnml.core import LayoutError
 from fnml.transforms._data_parallel import Reduce, across, check_reduce, is_data
-from fnml.transforms._layout import GradFn, Laid, Sums, check_blocks, laid, split_batch
+from fnml.transforms._layout import (
+    GradFn,
+    Laid,
+    Sums,
+    check_blocks,
+    check_one_device,
+    laid,
+    split_batch,
+)
 
 PyTree = Any
 
@@ -53,6 +61,7 @@ def pmap(
     check_reduce(reduce)
     count, inner = len(chosen), laid(grad_fn)
     check_blocks(inner, "pmap")
+    check_one_device(inner, "pmap")
 
     def local(
         settings: tuple[tuple[str, Any], ...],
@@ -82,4 +91,4 @@ def pmap(
         settings = tuple(sorted((k, v) for k, v in options.items() if k not in arrays))
         return mapped(settings, (params, key, first, arrays), split_batch(batch, count))
 
-    return Laid(count * inner.shards, sums)
+    return Laid(count * inner.shards, sums, count)

@@ -17,9 +17,13 @@ from fnml.core import (
     require,
     shard_key,
 )
-from fnml.transforms._layout import GradFn, ordered_sum, refuse_laid, split_batch
+from fnml.transforms._layout import GradFn, Whole, ordered_sum, refuse_laid, split_batch
 
 PyTree = Any
+_WHY = (
+    "noise may be added only once for a batch, so the layout goes inside: "
+    "private(grad_fn, ..., layout=lambda g: accumulate(g, n))"
+)
 
 
 def private(
@@ -67,7 +71,7 @@ def private(
     """
     if not clip > 0 or noise < 0:
         raise ConfigError(f"private needs clip > 0 and noise >= 0, got {clip} and {noise}")
-    refuse_laid(grad_fn, "private")
+    refuse_laid(grad_fn, "private", _WHY)
     clipped = layout(_clipped(grad_fn, clip, chunk))
 
     def noisy(
@@ -83,7 +87,7 @@ def private(
 
         return (loss, metrics), map_with_name(disturb, grads)
 
-    return noisy
+    return Whole(noisy, "private", _WHY)
 
 
 def _clipped(grad_fn: GradFn, clip: float, chunk: int | None) -> GradFn:

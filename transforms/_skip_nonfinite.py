@@ -96,8 +96,8 @@ def undo_unless(
 
     # A branch, because a select would be compiled into the step's last operations, and there
     # changes how they round.
-    kept, metrics = lax.cond(fine, keep, undo)
-    return dataclasses.replace(new, **kept), metrics
+    kept, counted = lax.cond(fine, keep, undo)
+    return dataclasses.replace(new, **kept), counted
 
 
 def _kept(state: State) -> dict[str, PyTree]:

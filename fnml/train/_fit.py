@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -114,15 +114,17 @@ def fit(
     start = int(state.step)
     _check_arguments(steps, start, fuse, log_every, evaluate, eval_every, save, save_every)
     memory = dict(resume or {})
-    evals = [_from_json(entry) for entry in memory.get("evals", ())]
+    evals = [_from_json(entry, "eval") for entry in memory.get("evals", ())]
+    row = _from_json(memory["row"], "train") if memory.get("row") else None
     before = float(memory.get("seconds", 0.0))
     clock = _Clock()
-    if start >= steps:
-        return Fit(state, None, None, tuple(evals), before)
+    if start >= steps or memory.get("stopped"):
+        # Only the last words were missing: a callback's stop is not to be taken back.
+        return Fit(state, memory.get("stopped"), row, tuple(evals), before)
 
     schedules = [when for when in (eval_every, save_every, *(w for w, _ in callbacks)) if when]
     feed = open_feed(batches, fuse, lambda: _blocks(start, steps, fuse, schedules))
-    done, row, stopped, signalled = start, None, None, None
+    done, stopped, signalled, ended = start, None, None, None
     try:
         try:
             size, batch = next(feed)
@@ -167,6 +169,8 @@ def fit(
                 meta = {
                     "log": book.pending(),
                     "evals": [_to_json(found) for found in evals],
+                    "row": row and _to_json(Row(row.step, row.kind, row.values)),
+                    "stopped": stopped,
                     "seconds": clock.now() + before,
                 }
                 if hasattr(batches, "state"):
@@ -215,7 +219,7 @@ def fit(
             try:
                 size, batch = next(feed)
             except StopIteration:
-                stopped = f"the batches ended after step {done}"
+                ended = f"the batches ended after step {done}"
                 break
         log(book.rows())
         if not signalled:
@@ -229,7 +233,7 @@ def fit(
             checkpoint()
         for sink in sinks:
             sink.flush()
-        return Fit(state, stopped or signalled, row, tuple(evals), clock.now() + before)
+        return Fit(state, stopped or signalled or ended, row, tuple(evals), clock.now() + before)
     finally:
         feed.close()
 
@@ -239,9 +243,9 @@ def _to_json(row: Row) -> dict[str, Any]:
     return {"step": row.step, "values": values, "timing": dict(row.timing)}
 
 
-def _from_json(entry: Mapping[str, Any]) -> Row:
+def _from_json(entry: Mapping[str, Any], kind: Literal["train", "eval"]) -> Row:
     values = {name: float(v) for name, v in entry["values"].items()}
-    return Row(entry["step"], "eval", values, entry["timing"])
+    return Row(entry["step"], kind, values, entry["timing"])
 
 
 def _check_arguments(

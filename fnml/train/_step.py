@@ -111,6 +111,8 @@ def train_step(
         with jax.numpy_dtype_promotion("standard"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         values = _named(loss, metrics)
+        if grad_norm and "grad_norm" in values:
+            raise ConfigError("the loss has a metric 'grad_norm' already: rename one of the two")
         if grad_norm:
             norm = optax.tree.norm(grads)
             values["grad_norm"] = Mean(norm.astype(jnp.float32), jnp.ones((), jnp.float32))
@@ -135,11 +137,12 @@ def _fold(model_state: PyTree, stats: PyTree, momentum: float) -> PyTree:
             "the loss's metrics.stats have to mirror the model's state with a Mean for each "
             f"array: expected {structure}, got {given}"
         )
-    return jax.tree.map(
-        lambda old, new: old * momentum + new.value.astype(old.dtype) * (1 - momentum),
-        model_state,
-        stats,
-    )
+
+    def move(old: jax.Array, new: Mean) -> jax.Array:
+        moved = old * momentum + new.value.astype(old.dtype) * (1 - momentum)
+        return jnp.where(new.weight == 0, old, moved)
+
+    return jax.tree.map(move, model_state, stats)
 
 
 def eval_step(loss_fn: LossFn) -> Callable[[State, PyTree], dict[str, Mean]]:

@@ -61,5 +61,5 @@ def test_refusals_say_what_works() -> None:
         per_example(GRAD, 0)
     with pytest.raises(LayoutError, match="6 examples into chunks of 4"):
         per_example(GRAD, 4)(PARAMS, BATCH, KEY)
-    with pytest.raises(LayoutError, match=r"accumulate\(per_example"):
+    with pytest.raises(LayoutError, match=r"per_example\(grad_fn, chunk"):
         per_example(accumulate(GRAD, 2))

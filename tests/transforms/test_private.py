@@ -85,7 +85,7 @@ def test_a_layout_inside_changes_nothing_and_adds_noise_once() -> None:
 
 
 def test_refusals_say_what_works() -> None:
-    with pytest.raises(LayoutError, match=r"accumulate\(private"):
+    with pytest.raises(LayoutError, match=r"layout=lambda g: accumulate"):
         private(accumulate(GRAD, 2), clip=1.0, noise=1.0)
     with pytest.raises(ConfigError, match="clip > 0 and noise >= 0, got 0"):
         private(GRAD, clip=0, noise=1.0)
