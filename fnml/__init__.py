@@ -18,26 +18,45 @@ from fnml.core import shardings as shardings
 if TYPE_CHECKING:
     from fnml import checkpoint as checkpoint
     from fnml import data as data
+    from fnml import interop as interop
+    from fnml import laws as laws
     from fnml import models as models
     from fnml import pallas_kernels as pallas_kernels
     from fnml import recipes as recipes
     from fnml import sinks as sinks
     from fnml import train as train
     from fnml import transforms as transforms
+    from fnml.interop import from_linen as from_linen
+    from fnml.interop import from_nnx as from_nnx
 
 __version__ = "0.1.0"
 
 _PARTS = frozenset(
-    ("checkpoint", "data", "models", "pallas_kernels", "recipes", "sinks", "train", "transforms")
+    (
+        "checkpoint",
+        "data",
+        "interop",
+        "laws",
+        "models",
+        "pallas_kernels",
+        "recipes",
+        "sinks",
+        "train",
+        "transforms",
+    )
 )
+_FROM_PARTS = {"from_linen": "interop", "from_nnx": "interop"}
 
 
 def __getattr__(name: str) -> Any:
     """Import a part of fnml when it is first used, so that ``import fnml`` costs what JAX costs."""
     if name in _PARTS:
         return importlib.import_module(f"fnml.{name}")
-    raise AttributeError(f"fnml has no {name!r}.{_nearest(name, [*globals(), *_PARTS])}")
+    if name in _FROM_PARTS:
+        return getattr(importlib.import_module(f"fnml.{_FROM_PARTS[name]}"), name)
+    options = [*globals(), *_PARTS, *_FROM_PARTS]
+    raise AttributeError(f"fnml has no {name!r}.{_nearest(name, options)}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_PARTS})
+    return sorted({*globals(), *_PARTS, *_FROM_PARTS})

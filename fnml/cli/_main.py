@@ -30,6 +30,8 @@ COMMANDS = {
     "eval": Command("evaluate a run's model on its held-out set", "_eval"),
     "sample": Command("draw from a run's model", "_sample"),
     "runs": Command("list runs, or compare some", "_runs"),
+    "laws": Command("check the laws of the transforms on your own loss", "_laws"),
+    "check": Command("check a loss's gradient by finite differences: fnml check grad", "_check"),
     "doctor": Command("show versions and devices, and what is missing", "_doctor"),
     "plugins": Command("list recipes, models and sinks that installed packages bring", "_plugins"),
 }

@@ -104,6 +104,8 @@ def test_train_help_lists_the_recipes(call, name):
         ("runs", ["Run directories to compare"]),
         ("doctor", ["Show versions, devices"]),
         ("plugins", ["List what installed packages"]),
+        ("laws", ["Check the laws", "--example", "--devices"]),
+        ("check", ["finite differences"]),
     ],
 )
 def test_every_other_command_has_help(call, command, words):
@@ -114,7 +116,8 @@ def test_every_other_command_has_help(call, command, words):
 
 
 def test_every_command_is_covered_here():
-    assert set(COMMANDS) == {"train", "resume", "eval", "sample", "runs", "doctor", "plugins"}
+    using = {"train", "resume", "eval", "sample", "runs"}
+    assert set(COMMANDS) == using | {"laws", "check", "doctor", "plugins"}
 
 
 def test_an_unknown_recipe_names_the_nearest(call):

@@ -106,7 +106,7 @@ def by_device(devices: int) -> Any:
 def test_one_hash_in_time_in_space_and_through_pmap():
     found = {(d, 1): digest(by_device(d)) for d in (1, 2, 8)}
     found |= {(d, 2): digest(compute(cell(grad_fn, d, 2))) for d in (1, 2, 8)}
-    found |= {("pmap", d): digest(compute(mapped(grad_fn, d), jit=False)) for d in (1, 2, 8)}
+    found |= {("pmap", d): digest(compute(mapped(grad_fn, d))) for d in (1, 2, 8)}
     found["accumulate"] = digest(compute(accumulate(grad_fn, SHARDS)))
     assert len(set(found.values())) == 1, found
 
@@ -157,7 +157,7 @@ def test_one_hash_per_model_over_the_whole_matrix(name):
 @pytest.mark.parametrize("lay", [data_parallel, pmap])
 def test_fast_reduction_agrees_to_rounding(lay):
     where = mesh(8) if lay is data_parallel else jax.devices()
-    fast = compute(lay(accumulate(grad_fn, SHARDS // 8), where, reduce="fast"), jit=False)
+    fast = compute(lay(accumulate(grad_fn, SHARDS // 8), where, reduce="fast"))
     (loss, metrics), grads = fast
     (loss_r, metrics_r), grads_r = by_device(8)
     assert relative(grads, grads_r) < FAST and relative(loss, loss_r) < FAST
@@ -185,16 +185,16 @@ def trained(devices: int, micro: int, fused: bool) -> Any:
 
 
 def test_training_has_one_hash_too_fused_or_not():
-    found = {cell: digest(trained(*cell)) for cell in [(1, 1, False), (8, 1, False), (2, 2, True)]}
-    assert len(set(found.values())) == 1, found
-    state, metrics = trained(8, 1, False)
+    plain, fused = trained(1, 1, False), trained(8, 2, True)
+    assert digest(plain) == digest(fused)
+    state, metrics = fused
     assert int(state.step) == 3 and metrics["loss"].total.shape == (3,)
     moved = relative(state.params, small()[0])
     assert moved > 1e-3
 
 
-def test_pmap_inside_jit_has_the_same_bits():
-    assert digest(compute(mapped(grad_fn, 8), jit=True)) == digest(by_device(8))
+def test_pmap_outside_of_jit_has_the_same_bits():
+    assert digest(compute(mapped(grad_fn, 8), jit=False)) == digest(by_device(8))
 
 
 def test_another_axis_of_a_larger_mesh_is_left_alone():
@@ -204,16 +204,13 @@ def test_another_axis_of_a_larger_mesh_is_left_alone():
 
 
 def test_random_numbers_belong_to_the_shard_not_to_the_device():
-    params, batch, state = small()
-    equal = jax.tree.map(lambda x: jnp.broadcast_to(x[-1:], x.shape), batch)
-
-    def draw(params, batch, key, **options):
-        (loss, metrics), grads = grad_fn(params, batch, key, **options)
-        return (loss, Metrics(metrics.weight, {"draw": Mean.of(jax.random.normal(key))})), grads
+    def draw(params, batch, key):
+        values = {"draw": Mean.of(jax.random.normal(key))}
+        return (params, Metrics(jnp.float32(1.0), values)), params
 
     def total(count: int) -> float:
-        run = jax.jit(functools.partial(data_parallel(draw, mesh(count)), train=True))
-        return float(run(params, equal, KEY, state=state)[0][1].values["draw"].total)
+        run = jax.jit(data_parallel(draw, mesh(count)))
+        return float(run(jnp.float32(0.0), jnp.zeros(8), KEY)[0][1].values["draw"].total)
 
     expected = [float(jax.random.normal(shard_key(KEY, i))) for i in range(8)]
     np.testing.assert_allclose(total(8), np.sum(expected), rtol=1e-5)
