@@ -26,7 +26,7 @@ LOG_EVERY = 50
 
 def digits_mlp() -> tuple[Any, data.Source, int, Callable[..., Any]]:
     """The digits perceptron: steps of a fraction of a millisecond."""
-    model = models.mlp(models.MLPConfig(inputs=64, hidden=(256, 256), outputs=10))
+    model = models.mlp(recipes.find_recipe("digits").config().mlp)
     rng = np.random.default_rng(0)
     source = data.ArraySource(
         {
@@ -117,7 +117,7 @@ def main() -> None:
     parser.add_argument("--only", choices=["mlp", "gpt"])
     options = parser.parse_args()
     rounds = options.rounds
-    tasks = {"mlp": ("digits MLP", digits_mlp, 3200), "gpt": ("small GPT", small_gpt, 64)}
+    tasks = {"mlp": ("digits MLP", digits_mlp, 3200), "gpt": ("small GPT", small_gpt, 48)}
     table = Table("model", "loop", "steps/s", "ratio to by hand", "lowest", "highest")
     for key, (name, make, steps) in tasks.items():
         if options.only not in (None, key):

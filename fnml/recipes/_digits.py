@@ -43,7 +43,7 @@ class DigitsConfig:
     cnn: CNNConfig = field(default_factory=lambda: CNNConfig(classes=10))
     """The convolutional network."""
     mlp: MLPConfig = field(
-        default_factory=lambda: MLPConfig(inputs=64, hidden=(256, 256), outputs=10)
+        default_factory=lambda: MLPConfig(inputs=64, hidden=(128, 128), outputs=10)
     )
     """The perceptron."""
     shift: int = 1

@@ -13,6 +13,7 @@ from fnml.train._check import check_step
 from fnml.train._every import Every
 from fnml.train._feed import open_feed
 from fnml.train._logbook import Logbook, means, pack, to_json
+from fnml.train._raw import Raw, is_key
 from fnml.train._step import Step
 from fnml.transforms import fuse as fuse_steps
 
@@ -131,10 +132,12 @@ def fit(
         except StopIteration:
             raise DataError(f"there are no batches to go on with after step {start}") from None
         metrics = check_step(step, state, _first(batch) if fuse > 1 else batch)
-        run = _compiled(step, fuse)
         book = Logbook(list(metrics), log_every, start, memory.get("log", ()))
         samples = max((x.shape[1 if fuse > 1 else 0] for x in jax.tree.leaves(batch)), default=0)
-        state = jax.tree.map(_copy, state)
+        keys = Raw.of(state)
+        live = keys.strip(jax.tree.map(_copy, state))
+        del state
+        run = _compiled(step, fuse, keys)
         last = dict.fromkeys(range(len(callbacks) + 2), clock.now())
         compilations = 0
         evaluated = saved = -1
@@ -153,7 +156,12 @@ def fit(
             nonlocal evaluated
             assert evaluate is not None
             with clock.paused():
-                found = Row(done, "eval", means(evaluate(state)), {"seconds": clock.now() + before})
+                found = Row(
+                    done,
+                    "eval",
+                    means(evaluate(keys.dress(live))),
+                    {"seconds": clock.now() + before},
+                )
             evals.append(found)
             evaluated = done
             for sink in sinks:
@@ -163,7 +171,7 @@ def fit(
             nonlocal saved
             assert save is not None
             with clock.paused():
-                _check_finite(state, done)
+                _check_finite(live, done)
                 for sink in sinks:
                     sink.flush()
                 meta = {
@@ -176,7 +184,7 @@ def fit(
                 if hasattr(batches, "state"):
                     meta["data"] = batches.state(done - start)
                 metric = evals[-1].values.get(save_metric or "") if evaluated == done else None
-                save(state, meta, metric)
+                save(keys.dress(live), meta, metric)
             saved = done
 
         def due(slot: int, when: Every | None) -> bool:
@@ -187,7 +195,7 @@ def fit(
 
         clock.start(start)
         while True:
-            state, packed = run(state, batch) if size is None else run(state, batch, size)
+            live, packed = run(live, batch) if size is None else run(live, batch, size)
             done += size or 1
             book.record(packed, size)
             if compilations == 0:
@@ -206,7 +214,9 @@ def fit(
             for i, (when, callback) in enumerate(callbacks):
                 if due(i + 2, when):
                     log(book.rows())
-                    stopped = callback(Progress(done, state, row, tuple(evals))) or stopped
+                    stopped = (
+                        callback(Progress(done, keys.dress(live), row, tuple(evals))) or stopped
+                    )
             if done >= steps:
                 stopped = None
                 break
@@ -233,6 +243,7 @@ def fit(
             checkpoint()
         for sink in sinks:
             sink.flush()
+        state = keys.dress(live)
         return Fit(state, stopped or signalled or ended, row, tuple(evals), clock.now() + before)
     finally:
         feed.close()
@@ -289,19 +300,19 @@ def _blocks(start: int, steps: int, fuse: int, schedules: Sequence[Every]) -> It
         yield size
 
 
-def _compiled(step: Step, fuse: int) -> Any:
-    """Compile the step with packed metrics; the state given to it is donated."""
+def _compiled(step: Step, fuse: int, keys: Raw) -> Any:
+    """Compile the step on states without typed keys; the state given to it is donated."""
 
-    def packed(state: State, batch: PyTree) -> tuple[State, jax.Array]:
-        state, metrics = step(state, batch)
-        return state, pack(metrics)
+    def packed(live: State, batch: PyTree) -> tuple[State, jax.Array]:
+        state, metrics = step(keys.dress(live), batch)
+        return keys.strip(state), pack(metrics)
 
     return jax.jit(packed if fuse == 1 else fuse_steps(packed, fuse), donate_argnums=0)
 
 
 def _copy(x: Any) -> jax.Array:
     """Copy an array, so that donating the copy leaves the caller's alone, and drop weak types."""
-    return x.copy() if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else jnp.array(x, x.dtype)
+    return x.copy() if is_key(x) else jnp.array(x, x.dtype)
 
 
 def _first(batch: PyTree) -> PyTree:
