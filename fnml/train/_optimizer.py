@@ -65,8 +65,6 @@ class OptimizerConfig:
             )
             if not fine
         ]
-        if self.weight_decay and self.name != "adamw":
-            faults.append(f"weight_decay={self.weight_decay}: only name='adamw' decays weights")
         if faults:
             raise ConfigError("optimizer: " + "; ".join(faults))
 

@@ -52,7 +52,7 @@ def test_every_sink_gets_everything():
 def test_a_sink_that_fails_for_a_while_loses_nothing_and_is_named_once(caplog):
     sick, well = Recorder("sick", [OSError("disk full")] * 5), Recorder("well")
     both = tee([sick, well])
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="fnml"):
         for step in range(4):
             both.write(row(step))
         both.flush()
