@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 
 import pytest
@@ -74,8 +75,13 @@ def test_takes_any_row_and_may_be_closed_twice(name, tmp_path):
         sink.flush()
     for step in range(4, 200):
         sink.write(Row(step, "train", {"loss": 1 / step, f"new{step % 5}": 1.0}))
+    threads = threading.active_count()
     sink.close()
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     sink.close()
+    after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert after == files, "a second close changes nothing"
+    assert threading.active_count() <= threads
 
 
 @sinks
