@@ -130,11 +130,11 @@ def rate(marks: list[tuple[int, float]]) -> float:
 def main() -> None:
     """Measure and print one table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--only", choices=["mlp", "gpt"])
     options = parser.parse_args()
     rounds = options.rounds
-    tasks = {"mlp": ("digits MLP", digits_mlp, 3250), "gpt": ("small GPT", small_gpt, 150)}
+    tasks = {"mlp": ("digits MLP", digits_mlp, 1050), "gpt": ("small GPT", small_gpt, 150)}
     table = Table("model", "loop", "steps/s", "ratio to by hand", "lowest", "highest")
     for key, (name, make, steps) in tasks.items():
         if options.only not in (None, key):

@@ -15,7 +15,7 @@ from fnml.data._groups import groups
 from fnml.data._permute import mix, mix_array, permute
 from fnml.data._source import Batch, Source, check_source
 
-_VERSION = 1
+_VERSION = 2
 _SEED_BITS = 63
 _MAX_POSITION = 1 << 62
 
@@ -132,8 +132,9 @@ class Batches:
         sizes: Iterable[int | None],
         depth: int = 2,
         place: Callable[[Batch], Any] | None = None,
+        threaded: bool | None = None,
     ) -> Feed:
-        """Prepare batches from ``position`` on in a thread; one element for each of ``sizes``.
+        """Prepare batches from ``position`` on ahead of their use; one for each of ``sizes``.
 
         ``None`` stands for one batch ``[B, ...]``, an integer ``k`` for ``k`` consecutive batches
         stacked ``[k, B, ...]``. Small batches are gathered many at a time and then sliced.
@@ -147,6 +148,9 @@ class Batches:
           place: puts an element on devices, in the thread. By default
             :func:`jax.device_put`; on CPU nothing, since there ``jit`` takes NumPy arrays
             faster than a second thread could hand them over.
+          threaded: whether a thread does it; by default it does, but on CPU only once a batch
+            took longer than half a millisecond: two threads share Python, and quick batches are
+            gathered while the device works in any case.
 
         Raises:
           DataError: ``depth`` is below 1; from the iterator, a size is no positive integer.
@@ -160,9 +164,12 @@ class Batches:
         ...     [np.asarray(element["x"]).tolist() for element in feed]
         [[0, 1], [[2, 3], [4, 5]], [6, 7]]
         """
-        if place is None and jax.default_backend() != "cpu":
+        on_cpu = jax.default_backend() == "cpu"
+        if place is None and not on_cpu:
             place = jax.device_put
-        return Feed(self._groups(sizes, place), depth)
+        if threaded is None and not on_cpu:
+            threaded = True
+        return Feed(self._groups(sizes, place), depth, threaded)
 
     def _groups(
         self, sizes: Iterable[int | None], place: Callable[[Batch], Any] | None = None

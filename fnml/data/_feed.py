@@ -1,4 +1,4 @@
-"""Prepare what comes next in a thread, while the device works."""
+"""Prepare what comes next while the device works: in a thread, once that pays."""
 
 import threading
 import time
@@ -11,6 +11,8 @@ from typing import Any, Self
 from fnml.core import DataError
 
 _EXIT_PATIENCE = 10.0
+# Below this a thread costs more than it hides: it takes turns with the consumer's Python.
+_WORTH_A_THREAD = 5e-4
 
 
 class _Channel:
@@ -65,7 +67,7 @@ def _produce(groups: Iterator[Sequence[Any]], channel: _Channel) -> None:
 
 def _stop(channel: _Channel, thread: threading.Thread, patience: float | None) -> None:
     channel.close()
-    if thread is not threading.current_thread():
+    if thread.is_alive() and thread is not threading.current_thread():
         thread.join(patience)
 
 
@@ -78,9 +80,15 @@ class Feed:
     Use it as a context manager, or call :meth:`close`; a feed that is garbage collected, or
     alive at the interpreter's exit, closes too. One thread may consume it.
 
+    Law: the elements do not depend on ``depth`` or ``threaded``.
+
     Args:
       groups: yields sequences of elements; it runs in the thread.
       depth: the number of groups to prepare ahead.
+      threaded: ``False`` prepares each group when it is asked for; ``None`` begins so, and starts
+        the thread once an element (the first group aside) took longer than half a millisecond.
+        A compiled call returns before the device is done, so quick elements are prepared while
+        it works in any case.
 
     Attributes:
       waited: seconds that the consumer was blocked because nothing was ready.
@@ -94,20 +102,34 @@ class Feed:
     [1, 2, 3]
     """
 
-    def __init__(self, groups: Iterator[Sequence[Any]], depth: int = 2) -> None:
+    def __init__(
+        self,
+        groups: Iterator[Sequence[Any]],
+        depth: int = 2,
+        threaded: bool | None = True,
+    ) -> None:
         if depth < 1:
             raise DataError(f"the feed's depth is {depth}: it has to be at least 1")
         self.waited = 0.0
         self._ready: deque[Any] = deque()
         self._channel = _Channel(depth)
         self._ended = False
+        self._groups = groups
+        self._may_start = threaded is None
+        self._warm = False
         # The thread must not refer to the feed, or the feed could never be collected.
         self._thread = threading.Thread(
             target=_produce, args=(groups, self._channel), name="fnml-feed", daemon=True
         )
-        self._thread.start()
+        self._started = False
         # A daemon thread inside the runtime while the interpreter dies can crash the process.
         self._finalizer = weakref.finalize(self, _stop, self._channel, self._thread, _EXIT_PATIENCE)
+        if threaded:
+            self._start()
+
+    def _start(self) -> None:
+        self._started = True
+        self._thread.start()
 
     def __iter__(self) -> Self:
         return self
@@ -119,6 +141,26 @@ class Feed:
         return ready.popleft()
 
     def _next_group(self) -> Sequence[Any]:
+        return self._take() if self._started else self._prepare()
+
+    def _prepare(self) -> Sequence[Any]:
+        if self._ended:
+            raise StopIteration
+        began = time.perf_counter()
+        try:
+            group = next(self._groups)
+        except BaseException:
+            self.close()
+            raise
+        seconds = time.perf_counter() - began
+        self.waited += seconds
+        slow = seconds > _WORTH_A_THREAD * max(1, len(group))
+        if slow and self._warm and self._may_start:
+            self._start()
+        self._warm = True
+        return group
+
+    def _take(self) -> Sequence[Any]:
         channel = self._channel
         with channel.changed:
             if not channel.groups and not channel.finished and not self._ended:

@@ -69,8 +69,11 @@ def groups(
 
 def _checked(sizes: Iterable[Size]) -> Iterator[Size]:
     for number, size in enumerate(sizes):
+        if size is None:
+            yield None
+            continue
         whole = isinstance(size, int | np.integer) and not isinstance(size, bool)
-        if size is not None and not (whole and size >= 1):
+        if not (whole and size >= 1):
             raise DataError(
                 f"sizes: entry {number} is {size!r}: expected None for one batch, or a positive "
                 f"integer for that many batches stacked"

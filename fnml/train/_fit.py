@@ -171,7 +171,7 @@ def fit(
             nonlocal saved
             assert save is not None
             with clock.paused():
-                _check_finite(live, done)
+                _check_finite(keys.dress(live), done)
                 for sink in sinks:
                     sink.flush()
                 meta = {
@@ -200,8 +200,9 @@ def fit(
             book.record(packed, size)
             if compilations == 0:
                 compilations = clock.compiled()
-            if book.due or any(w.due(done, 0.0) for w in schedules) or done == steps:
-                log(book.rows())
+            scheduled = done == steps or any(w.due(done, 0.0) for w in schedules)
+            if scheduled or book.due:
+                log(book.rows(newest=scheduled))
                 if run._cache_size() > compilations:
                     compilations = run._cache_size()
                     note(
@@ -301,9 +302,9 @@ def _blocks(start: int, steps: int, fuse: int, schedules: Sequence[Every]) -> It
 
 
 def _compiled(step: Step, fuse: int, keys: Raw) -> Any:
-    """Compile the step on states without typed keys; the state given to it is donated."""
+    """Compile the step on states as :class:`Raw` has them; what is given to it is donated."""
 
-    def packed(live: State, batch: PyTree) -> tuple[State, jax.Array]:
+    def packed(live: PyTree, batch: PyTree) -> tuple[PyTree, jax.Array]:
         state, metrics = step(keys.dress(live), batch)
         return keys.strip(state), pack(metrics)
 

@@ -104,7 +104,7 @@ def test_a_foreign_state_is_refused_field_by_field():
         batches.resume(foreign)
     message = str(caught.value)
     for part in (
-        "version: the state has 99, this stream 1",
+        "version: the state has 99, this stream 2",
         "batch_size: the state has 2, this stream 4",
         "seed: the state has 2, this stream 1",
         "shuffle: the state has False, this stream True",

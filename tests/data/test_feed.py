@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -218,7 +219,7 @@ def test_a_bad_depth_is_refused():
 
 
 def test_closing_is_idempotent_and_ends_the_feed():
-    feed = Batches(source(), 2).feed(itertools.repeat(None))
+    feed = Batches(source(), 2).feed(itertools.repeat(None), threaded=True)
     next(feed)
     assert len(feed_threads()) == 1
     feed.close()
@@ -231,7 +232,7 @@ def test_closing_is_idempotent_and_ends_the_feed():
 def test_the_thread_ends_when_the_consumer_raises():
     with (
         pytest.raises(ArithmeticError),
-        Batches(source(), 2).feed(itertools.repeat(None)) as feed,
+        Batches(source(), 2).feed(itertools.repeat(None), threaded=True) as feed,
     ):
         next(feed)
         raise ArithmeticError
@@ -239,13 +240,13 @@ def test_the_thread_ends_when_the_consumer_raises():
 
 
 def test_the_thread_ends_when_the_stream_does():
-    feed = Batches(source(), 2).feed([None] * 3)
+    feed = Batches(source(), 2).feed([None] * 3, threaded=True)
     assert sum(1 for _ in feed) == 3
     assert feed_threads() == []
 
 
 def test_a_dropped_feed_ends_its_thread():
-    feed = Batches(source(), 2).feed(itertools.repeat(None))
+    feed = Batches(source(), 2).feed(itertools.repeat(None), threaded=True)
     next(feed)
     del feed
     gc.collect()
@@ -254,7 +255,7 @@ def test_a_dropped_feed_ends_its_thread():
 
 def test_close_interrupts_a_slow_source_after_one_gather():
     slow = Faulty(delay=0.2)
-    feed = Batches(slow, 2).feed(itertools.repeat(None))
+    feed = Batches(slow, 2).feed(itertools.repeat(None), threaded=True)
     began = time.perf_counter()
     feed.close()
     # One gather of 0.2 s may be under way; the rest is slack for a loaded machine.
@@ -266,7 +267,7 @@ def test_waited_counts_blocking_only():
     with Batches(Faulty(delay=0.03), 2).feed([None] * 5) as feed:
         list(feed)
     assert 0.1 < feed.waited < 5
-    with Batches(source(), 2).feed([None] * 200, depth=1000) as feed:
+    with Batches(source(), 2).feed([None] * 200, depth=1000, threaded=True) as feed:
         next(feed)
         while feed_threads():
             time.sleep(0.005)
@@ -275,11 +276,26 @@ def test_waited_counts_blocking_only():
         assert feed.waited == before
 
 
+@pytest.mark.parametrize("threaded", [None, False])
+def test_a_thread_starts_for_a_slow_source_only_and_never_changes_an_element(threaded):
+    with Batches(source(), 2).feed([None] * 50, threaded=threaded) as quick:
+        assert len(list(quick)) == 50 and feed_threads() == []
+    batches = Batches(Faulty(delay=0.03), 2)
+    with batches.feed([None] * 6, threaded=threaded) as slow:
+        found = [next(slow), next(slow)]
+        assert len(feed_threads()) == (threaded is None)
+        found += list(slow)
+    assert feed_threads() == []
+    expected = [batches.at(2 * i) for i in range(6)]
+    for ours, theirs in zip(found, expected, strict=True):
+        chex.assert_trees_all_equal(ours, theirs)
+
+
 SCRIPT = """
 import itertools, numpy as np, jax
 from fnml.data import ArraySource, Batches
 source = ArraySource({"x": np.zeros((1000, 64), np.float32)})
-feed = Batches(source, 8).feed(itertools.repeat(None), place=jax.device_put)
+feed = Batches(source, 8).feed(itertools.repeat(None), place=jax.device_put, threaded=True)
 print(next(feed)["x"].shape, flush=True)
 """
 

@@ -60,15 +60,23 @@ blocks = st.lists(st.sampled_from([None, 1, 2, 3, 4]), min_size=1, max_size=12)
 
 
 @settings(deadline=None)
-@given(sizes=blocks, every=st.integers(1, 9), reads=st.integers(0, 2**12 - 1))
-def test_rows_are_exact_at_the_multiples_however_steps_come_and_are_read(sizes, every, reads):
+@given(
+    sizes=blocks,
+    every=st.integers(1, 9),
+    reads=st.integers(0, 2**12 - 1),
+    newest=st.integers(0, 2**12 - 1),
+)
+def test_rows_are_exact_at_the_multiples_however_steps_come_and_are_read(
+    sizes, every, reads, newest
+):
     lines = entries(sum(size or 1 for size in sizes))
     book, rows, at = Logbook(NAMES, every), [], 0
     for i, size in enumerate(sizes):
         at += feed(book, lines[at:], [size])
-        assert book.due == any(s % every == 0 for s in range(book._read + 1, at + 1))
+        before = at - (size or 1)
+        assert book.due == any(s % every == 0 for s in range(book._read + 1, before + 1))
         if reads >> i & 1:
-            rows += book.rows()
+            rows += book.rows(newest=bool(newest >> i & 1))
     rows += book.rows()
     assert [step for step, _ in rows] == list(range(every, len(lines) + 1, every))
     rows += book.rest()
@@ -139,13 +147,14 @@ def test_nothing_is_read_from_the_device_before_a_row():
             self.reads += 1
             return np.ones(4, np.float32)
 
-    book, lines = Logbook(NAMES, 5), [Counted() for _ in range(5)]
+    book, lines = Logbook(NAMES, 5), [Counted() for _ in range(6)]
     for line in lines:
+        assert not book.due
         book.record(line)  # type: ignore[arg-type]
-        due = book.due
-    assert due and not any(line.reads for line in lines)
-    assert len(list(book.rows())) == 1
-    assert [line.reads for line in lines] == [1] * 5
+    assert book.due and not any(line.reads for line in lines)
+    assert len(list(book.rows(newest=False))) == 1
+    assert [line.reads for line in lines] == [1] * 5 + [0]
+    assert list(book.rows()) == [] and lines[-1].reads == 1
 
 
 def test_pack_and_means_speak_of_the_same_numbers():
