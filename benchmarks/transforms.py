@@ -75,7 +75,7 @@ def add_rows(table: Table, what: str, times: dict[str, list[float]], extra: dict
 
 def accumulation(table: Table, rounds: int) -> None:
     """``accumulate`` against a scan that adds up gradients."""
-    loss_fn, params, batch = problem(16)
+    loss_fn, params, batch = problem(32)
     grad_fn, key, count = jax.value_and_grad(loss_fn, has_aux=True), jax.random.key(0), 8
 
     @jax.jit
@@ -95,7 +95,7 @@ def accumulation(table: Table, rounds: int) -> None:
         "scan by hand": lambda: by_hand(params, batch),
         "accumulate": lambda: ours(params, batch),
     }
-    add_rows(table, f"{count} micro-batches", turns(functions, rounds), {})
+    add_rows(table, f"{count} micro-batches of 4", turns(functions, rounds), {})
 
 
 def examples(table: Table, rounds: int) -> None:
@@ -179,10 +179,14 @@ def main() -> None:
     """Measure and print one table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=9)
-    rounds = parser.parse_args().rounds
+    measures = [accumulation, examples, reductions, recomputation]
+    parser.add_argument("--only", choices=[measure.__name__ for measure in measures])
+    options = parser.parse_args()
+    rounds = options.rounds
     table = Table("what", "contestant", "median ms", "ratio", "note")
-    for measure in (accumulation, examples, reductions, recomputation):
-        measure(table, rounds)
+    for measure in measures:
+        if options.only in (None, measure.__name__):
+            measure(table, rounds)
     print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}, {rounds} rounds")
     print(table)
 
