@@ -52,7 +52,8 @@ def ema(
       debias: whether the starting point has no weight.
 
     Raises:
-      ConfigError: ``decay`` is not in (0, 1), or ``update`` is called without parameters.
+      ConfigError: ``decay`` is not in (0, 1); ``optimizer`` is averaged already (in ``init``); or
+        ``update`` is called without parameters.
 
     >>> import jax.numpy as jnp, optax
     >>> optimizer = ema(optax.sgd(1.0), 0.5)
@@ -74,7 +75,14 @@ def ema(
 
     def init(params: PyTree) -> EmaState:
         average = jax.tree.map(lambda p: p.astype(_wide(p)), params)
-        return EmaState(jnp.zeros((), jnp.int32), average, inner.init(params))
+        state = inner.init(params)
+        leaves = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, EmaState))
+        if any(isinstance(leaf, EmaState) for leaf in leaves):
+            raise ConfigError(
+                "the optimizer averages the parameters already, and which average ema_params should "
+                "return would be a guess: apply ema once"
+            )
+        return EmaState(jnp.zeros((), jnp.int32), average, state)
 
     def update(
         grads: PyTree, state: EmaState, params: PyTree | None = None, **extra: Any

@@ -159,7 +159,8 @@ def loss_scaling(
     Raises:
       ConfigError: an argument is out of range; when called, the state has no loss scale, or a
         metric has a name that this needs.
-      LayoutError: ``grad_fn`` was not made by :func:`scaled_value_and_grad` (when called).
+      LayoutError: when called, ``grad_fn`` was not made by :func:`scaled_value_and_grad`, or
+        ``make_step`` makes several steps at once, as ``fuse`` and ``population`` do.
 
     >>> import jax, jax.numpy as jnp, optax
     >>> from fnml.train import train_step
@@ -201,6 +202,12 @@ def loss_scaling(
         new, metrics = make_step(_judged(grad_fn, loss_scale.scale))(bare, batch)
         # Where an inner skip_nonfinite undid the step, the mark of a good one weighs nothing too.
         fine = metrics.pop("overflow").weight > 0
+        if fine.ndim:
+            raise LayoutError(
+                "loss_scaling judges one step at a time, and this make_step takes "
+                f"{fine.shape[0]} at once: put it inside, fuse(loss_scaling(make_step, grad_fn), k) "
+                "or population(loss_scaling(make_step, grad_fn))"
+            )
         new, metrics = undo_unless(fine, bare, new, metrics)
         one = jnp.ones((), jnp.float32)
         metrics = {

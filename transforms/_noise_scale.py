@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from fnml.core import ConfigError, LayoutError, Mean, Metrics
-from fnml.transforms._layout import GradFn, Laid
+from fnml.transforms._layout import GradFn, Laid, refuse_laid
 from fnml.transforms._sam import square_norm
 
 PyTree = Any
@@ -47,7 +47,8 @@ def noise_scale(grad_fn: GradFn, lay: Callable[[GradFn], GradFn]) -> GradFn:
       of the batch, and the estimates are averaged.
 
     Raises:
-      LayoutError: ``grad_fn`` is laid out already, or ``lay`` makes fewer than two shards.
+      LayoutError: ``grad_fn`` is laid out already or takes a whole batch, or ``lay`` makes fewer
+        than two shards; when called, the batch is a single example, as inside ``per_example``.
       ConfigError: the loss has metrics of these names (when called).
 
     >>> import jax, jax.numpy as jnp
@@ -67,6 +68,7 @@ def noise_scale(grad_fn: GradFn, lay: Callable[[GradFn], GradFn]) -> GradFn:
             "function and the layout apart: noise_scale(grad_fn, lambda g: accumulate(g, n)), not "
             "noise_scale(accumulate(grad_fn, n), ...)"
         )
+    refuse_laid(grad_fn, "noise_scale")
 
     def shard(
         params: PyTree, batch: PyTree, key: jax.Array, **options: Any
@@ -74,7 +76,10 @@ def noise_scale(grad_fn: GradFn, lay: Callable[[GradFn], GradFn]) -> GradFn:
         (loss, metrics), grads = grad_fn(params, batch, key, **options)
         taken = sorted({SIGNAL, NOISE} & metrics.values.keys())
         if taken:
-            raise ConfigError(f"a loss's metrics cannot be named {taken}: those are noise_scale's")
+            raise ConfigError(
+                f"a loss's metrics cannot be named {taken}, the names under which noise_scale "
+                "reports: rename them, or apply noise_scale once"
+            )
         weight = metrics.weight.astype(jnp.float32)
         counts = weight > 0
         square = jnp.where(counts, weight * square_norm(grads), jnp.zeros_like(weight))
@@ -95,6 +100,12 @@ def noise_scale(grad_fn: GradFn, lay: Callable[[GradFn], GradFn]) -> GradFn:
     def estimated(
         params: PyTree, batch: PyTree, key: jax.Array, **options: Any
     ) -> tuple[tuple[jax.Array, Metrics], PyTree]:
+        if {x.shape[:1] for x in jax.tree.leaves(batch)} == {(1,)}:
+            raise LayoutError(
+                f"noise_scale compares {layout.shards} shards of a batch, and one example has "
+                "none: it cannot go inside per_example or private, which take one example's "
+                "gradients. Measure apart: noise_scale(grad_fn, lambda g: accumulate(g, n))"
+            )
         (loss, metrics), grads = layout(params, batch, key, **options)
         shards = metrics.values[NOISE].total
         some = (shards > 1).astype(jnp.float32)

@@ -48,9 +48,13 @@ def population(step: Step, *, mode: Literal["vmap", "map"] = "vmap", stacked: bo
     def together(states: State, batch: PyTree) -> tuple[State, PyTree]:
         return jax.vmap(step, in_axes=(0, 0 if stacked else None))(states, batch)
 
+    def apart(state: State, batch: PyTree) -> tuple[State, PyTree]:
+        # Fused with the slices that pick a member, a step's operations would round differently.
+        return lax.optimization_barrier(step(*lax.optimization_barrier((state, batch))))
+
     def in_turn(states: State, batch: PyTree) -> tuple[State, PyTree]:
         if stacked:
-            return lax.map(lambda both: step(*both), (states, batch))
-        return lax.map(lambda state: step(state, batch), states)
+            return lax.map(lambda both: apart(*both), (states, batch))
+        return lax.map(lambda state: apart(state, batch), states)
 
     return together if mode == "vmap" else in_turn

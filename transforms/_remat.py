@@ -9,6 +9,7 @@ from jax import lax
 from jax.extend import core as jex_core
 
 from fnml.core import ConfigError, nearest
+from fnml.transforms._walk import Rules, bodies, trace, walk
 
 PyTree = Any
 
@@ -33,48 +34,13 @@ def _policy(policy: str | tuple[str, ...] | Callable[..., Any]) -> Any:
     return POLICIES[policy]
 
 
-def _has_scan(jaxpr: Any) -> bool:
-    return any(
-        eqn.primitive.name == "scan"
-        or (eqn.primitive.name == "jit" and _has_scan(eqn.params["jaxpr"].jaxpr))
-        for eqn in jaxpr.eqns
+def _has_scan(_: Any, eqn: Any) -> bool:
+    """Tell whether an equation is a call that holds a scan, or a call that does."""
+    return eqn.primitive.name == "jit" and any(
+        inner.primitive.name == "scan" or _has_scan(_, inner)
+        for body in bodies(eqn)
+        for inner in body.jaxpr.eqns
     )
-
-
-def _run(jaxpr: Any, consts: Any, args: Any, policy: Any) -> list[Any]:
-    """Evaluate a jaxpr with the body of every scan wrapped in ``jax.checkpoint``."""
-    env: dict[Any, Any] = {}
-
-    def read(atom: Any) -> Any:
-        return atom.val if isinstance(atom, jex_core.Literal) else env[atom]
-
-    env.update(zip(jaxpr.constvars, consts, strict=True))
-    env.update(zip(jaxpr.invars, args, strict=True))
-    for eqn in jaxpr.eqns:
-        values = [read(atom) for atom in eqn.invars]
-        if eqn.primitive.name == "scan":
-            out = _scan(eqn.params, values, policy)
-        elif eqn.primitive.name == "jit" and _has_scan(eqn.params["jaxpr"].jaxpr):
-            inner = eqn.params["jaxpr"]
-            out = _run(inner.jaxpr, inner.consts, values, policy)
-        else:
-            out = _evaluate(jaxpr, eqn, env)
-        env.update(zip(eqn.outvars, out, strict=True))
-    return [read(atom) for atom in jaxpr.outvars]
-
-
-def _evaluate(jaxpr: Any, eqn: Any, env: dict[Any, Any]) -> list[Any]:
-    """Evaluate one equation with JAX's own evaluator, which knows every primitive's binding."""
-    inputs = list(dict.fromkeys(a for a in eqn.invars if not isinstance(a, jex_core.Literal)))
-    alone = jaxpr.replace(
-        constvars=[],
-        invars=inputs,
-        outvars=list(eqn.outvars),
-        eqns=[eqn],
-        effects=eqn.effects,
-        debug_info=jaxpr.debug_info.with_unknown_names(),
-    )
-    return jex_core.jaxpr_as_fun(jex_core.ClosedJaxpr(alone, []))(*(env[v] for v in inputs))
 
 
 def _scan(params: dict[str, Any], values: list[Any], policy: Any) -> list[Any]:
@@ -136,13 +102,11 @@ def remat(
 
     @functools.wraps(function)
     def layers(*args: Any, **options: Any) -> PyTree:
-        flat, tree = jax.tree.flatten(args)
+        def rewrite(eqn: Any, values: list[Any]) -> list[Any] | None:
+            return _scan(eqn.params, values, chosen) if eqn.primitive.name == "scan" else None
 
-        def call(*leaves: Any) -> PyTree:
-            return function(*jax.tree.unflatten(tree, leaves), **options)
-
-        closed, shapes = jax.make_jaxpr(call, return_shape=True)(*flat)
-        out = _run(closed.jaxpr, closed.consts, flat, chosen)
-        return jax.tree.unflatten(jax.tree.structure(shapes), out)
+        traced = trace(function, args, options)
+        out, _ = walk(traced.closed, traced.flat, Rules(rewrite, wanted=_has_scan))
+        return jax.tree.unflatten(traced.tree, out)
 
     return layers if scope == "layers" else whole

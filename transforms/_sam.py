@@ -51,7 +51,10 @@ def sam(grad_fn: GradFn, rho: float = 0.05) -> GradFn:
     ) -> tuple[tuple[jax.Array, Metrics], PyTree]:
         (loss, metrics), grads = grad_fn(params, batch, key, **options)
         if "sharpness" in metrics.values:
-            raise ConfigError("a loss's metrics cannot be named 'sharpness': that is sam's")
+            raise ConfigError(
+                "a loss's metrics cannot be named 'sharpness', the name under which sam reports: "
+                "rename it, or apply sam once"
+            )
         norm = jnp.sqrt(square_norm(grads))
         share = rho / jnp.where(norm == 0, jnp.ones_like(norm), norm)
 

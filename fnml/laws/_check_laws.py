@@ -91,6 +91,29 @@ def check_laws(
     >>> [finding.law for finding in found if finding.status == "broken"]
     []
     """
+    case, evaluation = prepared(loss_fn, params, batch, key, options)
+    laws = [
+        ("purity", _purity),
+        ("compilation", _compilation),
+        ("evaluation", lambda case: evaluation),
+        ("weight", weight_law),
+        ("accumulate", _accumulate),
+        ("remat", _remat),
+        ("fuse", _fuse),
+        ("data_parallel", _data_parallel),
+        ("pmap", _pmap),
+    ]
+    return [guarded(name, law, case) for name, law in laws]
+
+
+def prepared(
+    loss_fn: LossFn,
+    params: PyTree,
+    batch: PyTree,
+    key: jax.Array | None,
+    options: dict[str, Any],
+) -> tuple[_Case, Finding]:
+    """Return the case, and whether the loss runs without a key."""
     params, batch = on_device((params, batch))
     key = jax.random.key(0) if key is None else key
     closed = check_signature(loss_fn, params, batch, key, **options)
@@ -107,21 +130,10 @@ def check_laws(
         parts=_parts(batch),
         devices=_devices(batch),
     )
-    laws = [
-        ("purity", _purity),
-        ("compilation", _compilation),
-        ("evaluation", lambda case: evaluation),
-        ("weight", _weight),
-        ("accumulate", _accumulate),
-        ("remat", _remat),
-        ("fuse", _fuse),
-        ("data_parallel", _data_parallel),
-        ("pmap", _pmap),
-    ]
-    return [_guarded(name, law, case) for name, law in laws]
+    return case, evaluation
 
 
-def _guarded(name: str, law: Callable[[_Case], Finding], case: _Case) -> Finding:
+def guarded(name: str, law: Callable[[_Case], Finding], case: _Case) -> Finding:
     """Turn what a law raises into a finding: a loss that cannot be transformed breaks it."""
     try:
         return law(case)
@@ -225,7 +237,7 @@ def _evaluation(loss_fn: LossFn, params: PyTree, batch: PyTree, options: dict[st
     return Finding("evaluation", "held", None, None, meaning)
 
 
-def _weight(case: _Case) -> Finding:
+def weight_law(case: _Case) -> Finding:
     loss_fn = jax.jit(case.plain)
     loss, metrics = loss_fn(case.params, case.batch, case.key, **case.options)
     weight = float(metrics.weight)

@@ -1,5 +1,6 @@
 """The models that every law is tested on, and how results are compared."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -7,13 +8,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen, nnx
 
+from fnml import from_linen, from_nnx
 from fnml.core import Mean, Metrics, Model, init, shard_key
 from fnml.models import CNNConfig, GPTConfig, MLPConfig, cnn, gpt, mlp
 from fnml.train import accuracy, cross_entropy, next_token
 
 PyTree = Any
 B, STEPS = 8, 3
+KEY = jax.random.key(5)
+# Float32 sums of a few thousand terms in another order: some ulps of 1.2e-7, relative in norm.
+ROUNDING = 3e-6
+# A bfloat16 activation is rounded by up to 2**-9, or not at all where XLA keeps it inside of a
+# fusion: two programs for one loss differ by a few such roundings, relative in norm.
+COARSE = 2e-2
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +35,7 @@ class Case:
       options: what the loss reads by keyword: the state of a stateful model.
       whole: whether the loss of a batch is the weighted mean over its parts: no random draws,
         no statistics of the batch.
+      rounding: how far apart two programs for this loss may be, relative in norm.
     """
 
     loss_fn: Callable[..., tuple[jax.Array, Metrics]]
@@ -33,6 +43,7 @@ class Case:
     model_state: PyTree
     batches: PyTree
     whole: bool
+    rounding: float = ROUNDING
 
     @property
     def options(self) -> dict[str, PyTree]:
@@ -46,18 +57,28 @@ class Case:
     def batch(self) -> PyTree:
         return jax.tree.map(lambda x: x[0], self.batches)
 
-    def grads(self, grad_fn: Callable[..., Any]) -> PyTree:
-        """Return ``((loss, metrics), grads)`` on the first batch, compiled."""
-        return jax.jit(grad_fn)(self.params, self.batch, jax.random.key(5), **self.options)
+    @functools.cached_property
+    def at(self) -> Callable[..., PyTree]:
+        """``((loss, metrics), grads)`` of ``grad_fn`` at any parameters, on any batch, compiled."""
+        compiled = jax.jit(self.grad_fn)
+        return lambda params, batch, key=KEY: compiled(params, batch, key, **self.options)
 
-    def shards(self, count: int) -> PyTree:
-        """Return the weighted mean of ``grad_fn`` over shards, written out in NumPy float64."""
-        compiled, parts = jax.jit(self.grad_fn), []
+    def grads(self, grad_fn: Callable[..., Any], **options: Any) -> PyTree:
+        """Return ``((loss, metrics), grads)`` on the first batch, compiled."""
+        return jax.jit(grad_fn)(self.params, self.batch, KEY, **self.options, **options)
+
+    def parts(self, count: int) -> list[PyTree]:
+        """Return what ``grad_fn`` makes of each of ``count`` shards, alone, on the host."""
+        parts = []
         for i in range(count):
             cut = slice(i * B // count, (i + 1) * B // count)
             shard = jax.tree.map(lambda x, cut=cut: x[cut], self.batch)
-            key = shard_key(jax.random.key(5), i)
-            parts.append(jax.device_get(compiled(self.params, shard, key, **self.options)))
+            parts.append(jax.device_get(self.at(self.params, shard, shard_key(KEY, i))))
+        return parts
+
+    def shards(self, count: int) -> PyTree:
+        """Return the weighted mean of ``grad_fn`` over shards, written out in NumPy float64."""
+        parts = self.parts(count)
         metrics = jax.tree.map(lambda *xs: np.sum(np.float64(xs), 0), *[m for (_, m), _ in parts])
         weights = [np.float64(m.weight) for (_, m), _ in parts]
 
@@ -69,7 +90,10 @@ class Case:
         return (loss, metrics), jax.tree.map(mean, *[grads for _, grads in parts])
 
 
-def _images(model: Model, stateful: bool, whole: bool) -> Case:
+def _images(
+    model: Model, *, keyed: bool = False, whole: bool = False, dtype: Any = jnp.float32
+) -> Case:
+    """Classify tiny images, with float32 parameters and everything before the loss in ``dtype``."""
     rng = np.random.default_rng(0)
     batches = {
         "x": rng.normal(size=(STEPS, B, 4, 4, 2)).astype(np.float32),
@@ -79,15 +103,18 @@ def _images(model: Model, stateful: bool, whole: bool) -> Case:
     }
 
     def loss_fn(params, batch, key, *, state=None):
-        options = {"state": state, "train": key is not None} if stateful else {}
-        out = model.apply(params, batch["x"], **options)
-        logits, stats = out if stateful else (out, ())
+        options = {"state": state, "train": key is not None} if model.state else {}
+        options |= {"key": key} if keyed else {}
+        narrow = jax.tree.map(lambda p: p.astype(dtype), params)
+        out = model.apply(narrow, batch["x"].astype(dtype), **options)
+        logits, stats = out if model.state else (out, ())
         loss = cross_entropy(logits, batch["y"], weights=batch["weights"])
         right = accuracy(logits, batch["y"], weights=batch["weights"])
         return loss.value, Metrics(loss.weight, {"accuracy": right}, stats)
 
     params, state = (init(tree, jax.random.key(0)) for tree in (model.spec, model.state))
-    return Case(loss_fn, params, state, batches, whole)
+    rounding = ROUNDING if dtype == jnp.float32 else COARSE
+    return Case(loss_fn, params, state, batches, whole, rounding)
 
 
 def _text(rate: float) -> Case:
@@ -110,16 +137,40 @@ def _text(rate: float) -> Case:
     return Case(loss_fn, init(model.spec, jax.random.key(0)), (), batches, rate == 0)
 
 
+class Convolution(linen.Module):
+    """A guest that keeps state."""
+
+    @linen.compact
+    def __call__(self, x, train):
+        x = linen.BatchNorm(use_running_average=not train)(linen.Conv(4, (3, 3))(x))
+        return linen.Dense(5)(jnp.mean(linen.relu(x), (1, 2)))
+
+
+class Perceptron(nnx.Module):
+    """A guest that draws random numbers."""
+
+    def __init__(self, *, rngs):
+        self.first = nnx.Linear(32, 16, rngs=rngs)
+        self.norm = nnx.LayerNorm(16, rngs=rngs)
+        self.drop = nnx.Dropout(0.2, rngs=rngs)
+        self.last = nnx.Linear(16, 5, rngs=rngs)
+
+    def __call__(self, x):
+        x = nnx.relu(self.norm(self.first(x.reshape(len(x), -1))))
+        return self.last(self.drop(x))
+
+
 def cases() -> dict[str, Case]:
     """Return the models by name."""
-    perceptron = mlp(MLPConfig(inputs=32, hidden=(16, 16), outputs=5))
+    network = cnn(CNNConfig(classes=5, channels=2, widths=(4,)))
     return {
-        "mlp": _images(perceptron, stateful=False, whole=True),
-        "cnn": _images(
-            cnn(CNNConfig(classes=5, channels=2, widths=(4,))), stateful=True, whole=False
-        ),
+        "mlp": _images(mlp(MLPConfig(inputs=32, hidden=(16, 16), outputs=5)), whole=True),
+        "cnn": _images(network),
+        "cnn_in_bfloat16": _images(network, dtype=jnp.bfloat16),
         "gpt": _text(0.2),
         "gpt_without_dropout": _text(0.0),
+        "linen": _images(from_linen(Convolution(), jnp.ones((1, 4, 4, 2)))[0]),
+        "nnx": _images(from_nnx(Perceptron)[0], keyed=True),
     }
 
 

@@ -128,6 +128,12 @@ def test_a_decay_out_of_range_is_named(decay):
         ema(optax.sgd(1.0), decay)
 
 
+def test_an_optimizer_is_averaged_once():
+    for inner in (ema(optax.sgd(1.0), 0.5), optax.chain(optax.clip(1.0), ema(optax.sgd(1.0), 0.5))):
+        with pytest.raises(ConfigError, match=r"averages the parameters already.*apply ema once"):
+            ema(inner, 0.9).init(PARAMS)
+
+
 def test_missing_parameters_and_missing_or_double_averages_are_named():
     optimizer = ema(optax.sgd(1.0), 0.9)
     with pytest.raises(ConfigError, match=r"update\(grads, state, params\)"):

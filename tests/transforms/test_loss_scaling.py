@@ -232,6 +232,15 @@ def test_wrong_orders_are_refused_with_the_one_that_works():
             scaled_value_and_grad(grad_fn)(PARAMS, BATCH, KEY)
 
 
+def test_several_steps_at_once_are_refused_by_number_and_order():
+    """One scale cannot be found for two steps by one verdict."""
+    grad_fn = scaled_value_and_grad(loss_fn)
+    step = loss_scaling(lambda g: fuse(train_step(g, OPTIMIZER), 2), grad_fn)
+    batches = jax.tree.map(lambda x: jnp.stack([x, x]), BATCH)
+    with pytest.raises(LayoutError, match=r"takes 2 at once.*fuse\(loss_scaling\("):
+        step(start(2.0), batches)
+
+
 def test_bad_arguments_and_states_are_named():
     make_step = functools.partial(train_step, optimizer=OPTIMIZER)
     grad_fn = scaled_value_and_grad(loss_fn)

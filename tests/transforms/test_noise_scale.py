@@ -11,7 +11,7 @@ from jax.sharding import AxisType
 
 from fnml.core import ConfigError, LayoutError, Mean, Metrics, State
 from fnml.train import train_step
-from fnml.transforms import accumulate, data_parallel, fuse, noise_scale
+from fnml.transforms import accumulate, data_parallel, fuse, noise_scale, per_example, private
 
 KEY, D = jax.random.key(0), 3
 
@@ -159,5 +159,19 @@ def test_orders_and_names_that_do_not_work_are_refused():
     with pytest.raises(LayoutError, match="at least 2 of them, got no layout"):
         noise_scale(GRAD, lambda g: g)
     twice = noise_scale(noise_scale(GRAD, LAYOUTS["accumulate"]), LAYOUTS["accumulate"])
-    with pytest.raises(ConfigError, match="cannot be named"):
+    with pytest.raises(ConfigError, match=r"cannot be named.*apply noise_scale once"):
         twice(PARAMS, draw(np.random.default_rng(0), (16,)), KEY)
+
+
+@pytest.mark.parametrize(
+    "single",
+    [per_example, lambda g: private(g, clip=1.0, noise=1.0)],
+    ids=["per_example", "private"],
+)
+def test_gradients_of_single_examples_have_no_noise_scale_in_either_order(single):
+    # Estimated around `private`, every shard would add its own noise.
+    with pytest.raises(LayoutError, match=r"noise_scale cannot go around (per_example|private)"):
+        noise_scale(single(GRAD), LAYOUTS["accumulate"])
+    inside = single(noise_scale(GRAD, LAYOUTS["accumulate"]))
+    with pytest.raises(LayoutError, match=r"4 shards.*cannot go inside per_example or private"):
+        inside(PARAMS, draw(np.random.default_rng(0), (16,)), KEY)
