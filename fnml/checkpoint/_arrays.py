@@ -38,6 +38,10 @@ def read_arrays(path: Path, tree: Mapping[str, Leaf], targets: Mapping[str, Any]
     """Read the arrays described by ``tree`` into what ``targets`` of the same names describe."""
     names = [name for name, leaf in tree.items() if 0 not in leaf.shape]
     read = _read(path, {name: targets[name] for name in names}) if names else {}
+    # Orbax leaves the placeholder where the file has no such array.
+    missing = [name for name, value in read.items() if not hasattr(value, "shape")]
+    if missing:
+        raise ValueError(f"the file does not hold {', '.join(missing)}, which its manifest lists")
 
     def finish(name: str, leaf: Leaf) -> Any:
         target = targets[name]
@@ -72,5 +76,6 @@ def _read(path: Path, targets: Mapping[str, Any]) -> dict[str, Any]:
             args=ocp.args.PyTreeRestore(
                 item=dict.fromkeys(targets, 0),
                 restore_args={name: how(target) for name, target in targets.items()},
+                partial_restore=True,
             ),
         )

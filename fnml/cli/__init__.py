@@ -1,3 +1,3 @@
-"""The command line: ``fnml train|resume|eval|sample|runs|laws|check|doctor|plugins``."""
+"""The command line: ``fnml train|resume|eval|sample|runs|verify|replay|diff`` and more."""
 
 from fnml.cli._main import main as main

@@ -30,8 +30,13 @@ COMMANDS = {
     "eval": Command("evaluate a run's model on its held-out set", "_eval"),
     "sample": Command("draw from a run's model", "_sample"),
     "runs": Command("list runs, or compare some", "_runs"),
+    "verify": Command(
+        "check a run for damage, or kill runs on purpose: fnml verify crash", "_verify"
+    ),
+    "replay": Command("rebuild the exact state and batch of any step of a run", "_replay"),
+    "diff": Command("find the first step, parameter and example at which two runs part", "_diff"),
     "laws": Command("check the laws of the transforms on your own loss", "_laws"),
-    "check": Command("check a loss's gradient by finite differences: fnml check grad", "_check"),
+    "check": Command("find faults in your loss: fnml check loss, fnml check grad", "_check"),
     "doctor": Command("show versions and devices, and what is missing", "_doctor"),
     "plugins": Command("list recipes, models and sinks that installed packages bring", "_plugins"),
 }

@@ -16,9 +16,11 @@ class Resume:
 
     run: tyro.conf.Positional[Path]
     """The run directory."""
+    devices: int | None = None
+    """Devices that share a batch's shards this time; the bits are the same. By default as before."""
 
 
 def command(arguments: Sequence[str]) -> int:
     """Continue a run."""
     parsed = tyro.cli(Resume, args=arguments, prog="fnml resume")
-    return report(resume(parsed.run))
+    return report(resume(parsed.run, devices=parsed.devices))

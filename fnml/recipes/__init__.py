@@ -2,6 +2,8 @@
 
 from fnml.recipes._config_json import from_json as from_json
 from fnml.recipes._config_json import to_json as to_json
+from fnml.recipes._diff import Parting as Parting
+from fnml.recipes._diff import diff as diff
 from fnml.recipes._memory import keep_memory as keep_memory
 from fnml.recipes._plugins import Plugin as Plugin
 from fnml.recipes._plugins import find_recipe as find_recipe
@@ -14,6 +16,9 @@ from fnml.recipes._recipe import Recipe as Recipe
 from fnml.recipes._recipe import RunConfig as RunConfig
 from fnml.recipes._recipe import SampleConfig as SampleConfig
 from fnml.recipes._recipe import Task as Task
+from fnml.recipes._replay import Replayed as Replayed
+from fnml.recipes._replay import replay as replay
+from fnml.recipes._replay import without_keys as without_keys
 from fnml.recipes._run import Finished as Finished
 from fnml.recipes._run import Loaded as Loaded
 from fnml.recipes._run import environment as environment
@@ -24,3 +29,6 @@ from fnml.recipes._run import start as start
 from fnml.recipes._run_directory import new_directory as new_directory
 from fnml.recipes._run_directory import read_record as read_record
 from fnml.recipes._run_directory import read_result as read_result
+from fnml.recipes._verify_run import Finding as Finding
+from fnml.recipes._verify_run import Verified as Verified
+from fnml.recipes._verify_run import verify_run as verify_run

@@ -108,6 +108,10 @@ def _dataclass(kind: Any, data: Any, path: str, faults: list[str]) -> Any:
     for name in data.keys() - known:
         faults.append(f"{path}/{name}".lstrip("/") + f": no such field.{nearest(name, known)}")
     before = len(faults)
+    for field in dataclasses.fields(kind):
+        given = (field.default, field.default_factory) != (dataclasses.MISSING,) * 2
+        if field.init and not given and field.name not in data:
+            faults.append(f"{path}/{field.name}".lstrip("/") + ": missing")
     values = {
         name: _read(hints[name], item, f"{path}/{name}", faults)
         for name, item in data.items()

@@ -18,6 +18,12 @@ LossFn = Callable[..., tuple[jax.Array, Metrics]]
 _MOST_STEPS = 2**31 - 1  # the state counts them in int32
 
 
+def _divides(devices: int, shards: int) -> bool:
+    """Tell whether each device gets as many shards, and a power of two of them."""
+    each, rest = divmod(shards, devices)
+    return not rest and each & (each - 1) == 0 and each > 0
+
+
 @dataclass(frozen=True)
 class RunConfig:
     """Say how a run goes: how long, on what batches, and what is done how often.
@@ -33,7 +39,9 @@ class RunConfig:
     seed: int = 0
     """Decides the initial parameters, the order of the examples and all random draws."""
     accumulate: int = 1
-    """Micro-batches that a step's batch is computed in, to save memory."""
+    """Equal shards that a step's batch is computed in, one after the other; they decide the bits."""
+    devices: int = 1
+    """Devices that share those shards; any number gives the same bits, also on resuming."""
     remat: Literal["off", "nothing", "dots", "dots_no_batch", "everything"] = "off"
     """What to keep for the backward pass ("nothing" saves most memory); "off" decides nothing."""
     fuse: int = 1
@@ -61,6 +69,7 @@ class RunConfig:
             "batch_size": 1,
             "seed": 0,
             "accumulate": 1,
+            "devices": 1,
             "fuse": 1,
             "log_every": 1,
             "eval_every": 1,
@@ -81,6 +90,13 @@ class RunConfig:
         if self.accumulate > 0 and self.batch_size % self.accumulate:
             faults.append(
                 f"accumulate={self.accumulate}: expected a divisor of batch_size={self.batch_size}"
+            )
+        if self.accumulate > 0 and self.devices > 0 and not _divides(self.devices, self.accumulate):
+            halvings = (self.accumulate & -self.accumulate).bit_length()
+            fine = sorted(self.accumulate >> k for k in range(halvings))
+            faults.append(
+                f"devices={self.devices}: accumulate={self.accumulate} shards can be shared by "
+                f"{' or '.join(map(str, fine))} devices, each with a power of two of them"
             )
         if faults:
             raise ConfigError("; ".join(faults))

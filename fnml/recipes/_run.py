@@ -1,19 +1,19 @@
 """Start a run, take it up again, and read a trained model back."""
 
 import contextlib
-import functools
+import dataclasses
 import logging
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
 import fnml
-from fnml import sinks, transforms
+from fnml import sinks
 from fnml.checkpoint import Checkpointer, restore, restore_meta, tree_sha256
 from fnml.core import (
     CheckpointError,
@@ -22,22 +22,29 @@ from fnml.core import (
     RunError,
     Sink,
     State,
-    fold_name,
-    init,
     nearest,
     require,
 )
 from fnml.recipes._config_json import from_json, to_json
-from fnml.recipes._memory import keep_memory
 from fnml.recipes._plugins import find_recipe, load_plugin, plugins
-from fnml.recipes._recipe import Output, Recipe, Task
+from fnml.recipes._recipe import Output, Task
 from fnml.recipes._run_directory import (
     create,
     locked,
     new_directory,
     read_record,
     read_result,
+    sweep,
     write_result,
+)
+from fnml.recipes._training import (
+    abstract_state,
+    check_config,
+    initial_state,
+    make_step,
+    placed,
+    prepare,
+    read_config,
 )
 from fnml.train import (
     Every,
@@ -46,9 +53,7 @@ from fnml.train import (
     evaluator,
     fit,
     means,
-    optimizer,
     stop_on_signals,
-    train_step,
 )
 
 PyTree = Any
@@ -107,8 +112,7 @@ def start(name: str, config: Any, directory: Path | None, output: Output) -> Fin
         another run; the loss became NaN or infinite.
     """
     recipe = find_recipe(name)
-    if config.run.keep_memory:
-        keep_memory()
+    prepare(config)
     task = recipe.build(config, None)
     _check_sinks(output)
     _check_trainable(task, config)
@@ -123,14 +127,23 @@ def start(name: str, config: Any, directory: Path | None, output: Output) -> Fin
     return _train(task, name, config, directory, output, fresh=True)
 
 
-def resume(directory: Path, output: Output | None = None) -> Finished:
+def resume(
+    directory: Path, output: Output | None = None, *, devices: int | None = None
+) -> Finished:
     """Continue a run from its newest checkpoint, or from the beginning if it has none.
 
-    Law: the final parameters, and the rows of metrics, have the bits of an uninterrupted run.
+    Law: the final parameters, and the rows of metrics, have the bits of an uninterrupted run, on
+    any number of devices.
+
+    Args:
+      directory: the run's.
+      output: where its record goes; by default as before.
+      devices: how many devices to share the batch's shards, this time; by default as at the start.
 
     Raises:
       RunError: there is no run in the directory, or it has finished.
       CheckpointError: the checkpoints are damaged, or of another configuration.
+      ConfigError: the shards cannot be shared by so many devices, or there are fewer.
     """
     record = read_record(directory)
     finished = read_result(directory)
@@ -139,10 +152,12 @@ def resume(directory: Path, output: Output | None = None) -> Finished:
             f"the run {directory} has finished ({finished.get('step')} steps): there is nothing "
             f"to resume. 'fnml eval {directory}' and 'fnml sample {directory}' use it"
         )
-    recipe, config = _read_config(record)
+    recipe, config = read_config(record)
+    if devices is not None:
+        layout = dataclasses.replace(config.run, devices=devices)
+        config = dataclasses.replace(config, run=layout)
     kept = output or from_json(Output, record["output"])
-    if config.run.keep_memory:
-        keep_memory()
+    prepare(config)
     _check_sinks(kept)
     _warn_of_changes(record)
     task = recipe.build(config, directory)
@@ -157,10 +172,9 @@ def load(directory: Path, step: int | None = None) -> Loaded:
       CheckpointError: there is no checkpoint, or it is damaged.
     """
     record = read_record(directory)
-    recipe, config = _read_config(record)
+    recipe, config = read_config(record)
     task = recipe.build(config, directory)
-    target = jax.eval_shape(functools.partial(_initial_state, task, config))
-    found = restore(directory / "checkpoints", target, step=step)
+    found = restore(directory / "checkpoints", abstract_state(task, config), step=step)
     return Loaded(task, found.state, found.step)
 
 
@@ -176,8 +190,9 @@ def _warn_of_changes(record: Mapping[str, Any]) -> None:
     changed = [
         f"{name} was {before[name]}, is {value}"
         for name, value in now.items()
-        # The platform's text has the kernel's version in it, which decides no bits.
-        if name != "platform" and name in before and before[name] != value
+        # The kernel's version, in the platform's text, decides no bits, nor does how many devices
+        # of a kind there are.
+        if name != "platform" and name in before and _kinds(before[name]) != _kinds(value)
     ]
     if changed:
         _LOG.warning(
@@ -187,37 +202,16 @@ def _warn_of_changes(record: Mapping[str, Any]) -> None:
         )
 
 
-def _read_config(record: Mapping[str, Any]) -> tuple[Recipe, Any]:
-    recipe = find_recipe(record["recipe"])
-    return recipe, from_json(recipe.config, record["config"])
-
-
-def _initial_state(task: Task, config: Any) -> State:
-    init_key, run_key = jax.random.split(jax.random.key(config.run.seed))
-    return State.create(
-        init(task.model.spec, init_key),
-        optimizer(config.optimizer, config.run.steps),
-        run_key,
-        init(task.model.state, fold_name(init_key, "state")),
-    )
-
-
-def _step(task: Task, config: Any) -> Any:
-    loss_fn = task.loss_fn
-    if config.run.remat != "off":
-        loss_fn = transforms.remat(loss_fn, config.run.remat)
-    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-    if config.run.accumulate > 1:
-        grad_fn = transforms.accumulate(grad_fn, config.run.accumulate)
-    return train_step(grad_fn, optimizer(config.optimizer, config.run.steps))
+def _kinds(value: Any) -> Any:
+    return sorted(map(str, set(value))) if isinstance(value, list) else value
 
 
 def _check_trainable(task: Task, config: Any) -> None:
     """Trace one step on shapes, so that a wrong configuration leaves nothing behind."""
     from fnml.train import check_step
 
-    state = jax.eval_shape(functools.partial(_initial_state, task, config))
-    check_step(_step(task, config), state, task.train.at(task.train.position))
+    state = abstract_state(task, config)
+    check_step(make_step(task, config), state, task.train.at(task.train.position))
 
 
 def _check_sinks(output: Output) -> None:
@@ -269,6 +263,7 @@ def _train(
     metric, mode = task.best
     with contextlib.ExitStack() as stack:
         stack.enter_context(locked(directory))
+        sweep(directory)
         checkpoints = directory / "checkpoints"
         checkpoints.mkdir(exist_ok=True)
         keeper = stack.enter_context(
@@ -291,7 +286,13 @@ def _train(
             outputs.append(sink)
             if isinstance(sink, sinks.Prometheus) and not output.quiet:
                 note(f"serving http://127.0.0.1:{sink.port}/metrics")
-        should_stop = stack.enter_context(stop_on_signals())
+        signalled = stack.enter_context(stop_on_signals())
+
+        def should_stop() -> str | None:
+            # A save that failed in the background ends the run now, not when the next one is due.
+            keeper.check()
+            return signalled()
+
         callbacks = []
         if run.patience:
             stopping = early_stopping(metric, patience=run.patience, mode=mode)
@@ -302,7 +303,7 @@ def _train(
             keeper.save(int(state.step), state, meta, metric=value)
 
         outcome = fit(
-            _step(task, config),
+            make_step(task, config),
             state,
             batches,
             steps=run.steps,
@@ -332,34 +333,16 @@ def _where_to_start(
     task: Task, config: Any, checkpoints: Path, keeper: Checkpointer, fresh: bool
 ) -> tuple[State, Mapping[str, Any] | None, Any]:
     if fresh or not keeper.steps():
-        return _initial_state(task, config), None, task.train
-    target = jax.eval_shape(functools.partial(_initial_state, task, config))
+        return placed(initial_state(task, config), config), None, task.train
+    target = placed(abstract_state(task, config), config)
     try:
         found = restore(checkpoints, target)
     except CheckpointError:
         # A field's name says more than the arrays that do not fit because of it.
-        _check_config(restore_meta(checkpoints), config)
+        check_config(restore_meta(checkpoints), config)
         raise
-    _check_config(found.meta, config)
+    check_config(found.meta, config)
     return found.state, found.meta, task.train.resume(found.meta["data"])
-
-
-def _check_config(meta: Mapping[str, Any], config: Any) -> None:
-    differing = list(_differences(meta.get("config"), to_json(config)))
-    if differing:
-        raise CheckpointError(
-            "the checkpoints are of another configuration than the run's config.json: "
-            + "; ".join(differing)
-            + ". Put config.json back as it was"
-        )
-
-
-def _differences(there: Any, here: Any, path: str = "") -> Iterator[str]:
-    if isinstance(there, Mapping) and isinstance(here, Mapping):
-        for name in sorted(there.keys() | here.keys()):
-            yield from _differences(there.get(name), here.get(name), f"{path}/{name}".lstrip("/"))
-    elif there != here:
-        yield f"{path or 'config'}: {there!r} in the checkpoint, {here!r} in config.json"
 
 
 def _json_values(row: Row | None) -> dict[str, float]:

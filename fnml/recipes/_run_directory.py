@@ -5,6 +5,7 @@ import fcntl
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from fnml.core import RunError, write_atomic, write_json
 FORMAT = 1
 _CONFIG, _RESULT = "config.json", "result.json"
 _METRICS = ("train", "eval")
+_TEMPORARY = re.compile(r"\..+\.\d+\.tmp")  # what write_atomic names a file that is not whole yet
 
 
 def new_directory(parent: Path, name: str) -> Path:
@@ -112,7 +114,7 @@ def read_result(directory: Path) -> dict[str, Any] | None:
     for name in _METRICS:
         try:
             result[name] = {key: float(value) for key, value in result[name].items()}
-        except (AttributeError, KeyError, TypeError, ValueError):
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
             faults.append(f"{name!r} is {result.get(name)!r}")
     if faults:
         raise RunError(f"{path} is damaged: " + "; ".join(faults))
@@ -138,6 +140,13 @@ def _read_object(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise RunError(f"{path} is damaged: expected a JSON object, got {type(value).__name__}")
     return value
+
+
+def sweep(directory: Path) -> None:
+    """Remove the temporary files of processes that were killed; call it holding the run."""
+    for path in directory.glob(".*.tmp"):
+        if _TEMPORARY.fullmatch(path.name) and path.is_file():
+            path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

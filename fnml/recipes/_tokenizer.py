@@ -61,6 +61,10 @@ class BpeTokenizer:
             raise DataError(f"this is no tokenizer: {error}") from error
         letters = set(library.pre_tokenizers.ByteLevel.alphabet())
         vocabulary = sorted(self._inner.get_vocab().items(), key=lambda item: item[1])
+        if [number for _, number in vocabulary] != list(range(len(vocabulary))):
+            raise DataError(
+                f"this is no tokenizer: its {len(vocabulary)} tokens are not numbered from 0"
+            )
         # The byte-level alphabet writes each byte as one letter, so letters count bytes.
         self.lengths = np.array(
             [len(token) if letters.issuperset(token) else 0 for token, _ in vocabulary], np.int32

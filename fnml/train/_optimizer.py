@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import optax
+from jax import lax
 
 from fnml.core import ConfigError, mask, nearest
 
@@ -113,4 +115,24 @@ def optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformati
         "sgd": lambda: optax.sgd(rate, config.b1 or None),
     }
     rule = rules[config.name]()
-    return optax.chain(optax.clip_by_global_norm(config.clip), rule) if config.clip else rule
+    return optax.chain(_clip(config.clip), rule) if config.clip else rule
+
+
+def _clip(most: float) -> optax.GradientTransformation:
+    """Scale gradients down to a global norm of ``most``, with the same bits in every layout.
+
+    What XLA makes of a sum depends on what gives its terms, and so it is with the division of an
+    array by a scalar: the squares are summed as dot products of whole vectors, which have one order
+    of memory and are not fused, and the factor is computed first.
+    """
+
+    def square(g: jax.Array) -> jax.Array:
+        flat = g.astype(jnp.promote_types(g.dtype, jnp.float32)).reshape(-1)
+        return lax.dot(flat, flat, precision=lax.Precision.HIGHEST)
+
+    def update(updates: PyTree, state: PyTree, params: PyTree = None) -> tuple[PyTree, PyTree]:
+        norm = jnp.sqrt(sum(map(square, jax.tree.leaves(updates)), jnp.float32(0)))
+        factor = lax.optimization_barrier(most / jnp.maximum(norm, most))
+        return jax.tree.map(lambda g: g * factor.astype(g.dtype), updates), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)

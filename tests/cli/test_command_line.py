@@ -98,10 +98,13 @@ def test_train_help_lists_the_recipes(call, name):
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        ("resume", ["The run directory."]),
+        ("resume", ["The run directory.", "--devices"]),
         ("eval", ["The run directory.", "--step", "by default the newest"]),
         ("sample", ["The run directory.", "--step", *options_of(SampleConfig)]),
         ("runs", ["Run directories to compare"]),
+        ("verify", ["Check every file", "fnml verify crash RECIPE"]),
+        ("replay", ["Rebuild the exact state", "--step", "--save"]),
+        ("diff", ["Find where two runs part"]),
         ("doctor", ["Show versions, devices"]),
         ("plugins", ["List what installed packages"]),
         ("laws", ["Check the laws", "--example", "--devices"]),
@@ -117,6 +120,7 @@ def test_every_other_command_has_help(call, command, words):
 
 def test_every_command_is_covered_here():
     using = {"train", "resume", "eval", "sample", "runs"}
+    using |= {"verify", "replay", "diff"}
     assert set(COMMANDS) == using | {"laws", "check", "doctor", "plugins"}
 
 

@@ -1,13 +1,14 @@
 """Runs that cannot begin or go on: a sentence says why, and nothing good is lost."""
 
+import shutil
 import subprocess
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from run_processes import QUIET, digits, fnml, sha256
+from run_processes import QUIET, digits, fnml, rows, sha256
 
-from fnml.checkpoint import verify
+from fnml.checkpoint import _checkpointer, verify
 from fnml.recipes import find_recipe, load, read_result, start
 
 
@@ -74,6 +75,37 @@ def test_what_is_refused_leaves_no_directory(tmp_path, capsys):
         captured = capsys.readouterr()
         assert captured.err and "Traceback" not in captured.err
         assert not (tmp_path / "run").exists(), wrong
+
+
+def test_a_save_that_fails_in_the_background_ends_the_run_at_the_next_step(
+    tmp_path, monkeypatch, capsys
+):
+    """Not at the next save, which is half a run away."""
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(_checkpointer, "write_step", full)
+    directory = tmp_path / "run"
+    options = ["--network", "mlp", "--mlp.hidden", "16", "--batch-size", "32", "--steps", "4000"]
+    often = ["--save-every", "2000", "--log-every", "10", "--eval-every", "4000"]
+    assert fnml("train", "digits", *options, *often, "--out", directory) == 1
+    assert "step 2000 was not saved" in capsys.readouterr().err
+    last = rows(directory)[-1][0]
+    assert 1900 <= last < 3000
+
+
+def test_what_a_killed_process_left_is_swept_and_nothing_else(small, tmp_path):
+    run = shutil.copytree(small, tmp_path / "run")
+    (run / "result.json").unlink()
+    shutil.rmtree(run / "checkpoints" / "00000012")
+    (run / "checkpoints" / ".tmp-12-99999999").mkdir()
+    for name in (".metrics.csv.99999999.tmp", ".result.json.1.tmp", ".mine.tmp", "x.1.tmp"):
+        (run / name).write_text("x")
+    assert fnml("resume", run) == 0
+    left = {path.name for path in run.rglob("*") if "tmp" in path.name}
+    assert left == {".mine.tmp", "x.1.tmp"}
+    assert sha256(run) == sha256(small)
 
 
 def test_another_runs_directory_is_refused(small, capsys):
