@@ -215,5 +215,7 @@ def matrices(spec: PyTree, targets: Targets, name: str) -> dict[str, Param]:
         )
     picked = [found for found in picked if found not in faults]
     if not picked:
-        raise ConfigError(f"the model has no float matrix for {name} to change")
+        raise ConfigError(
+            f"the model has no float matrix for {name} to change; what quantize stores is changed once"
+        )
     return {found: params[found] for found in picked}

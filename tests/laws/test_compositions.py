@@ -17,18 +17,23 @@ import optax
 import pytest
 from jax.sharding import AxisType
 
-from fnml.core import FnmlError, Metrics, State, init
+from fnml.core import FnmlError, Metrics, Model, ShapeError, State, init
 from fnml.models import MLPConfig, mlp
 from fnml.train import cross_entropy, train_step
 from fnml.transforms import (
     Policy,
     accumulate,
+    adapt,
     autocast,
+    cast,
     checked,
     data_parallel,
     ema,
     ema_params,
+    ensemble,
+    freeze,
     fuse,
+    lora,
     loss_scaling,
     mixed_precision,
     noise_scale,
@@ -36,6 +41,9 @@ from fnml.transforms import (
     pmap,
     population,
     private,
+    prune,
+    quantize,
+    quantize_aware,
     remat,
     sam,
     scaled_value_and_grad,
@@ -103,6 +111,17 @@ def train(transform: Callable[[Training], Training], optimizer: Any = SGD) -> St
     return new
 
 
+def compute(transform: Callable[[Model], Model]) -> jax.Array:
+    """Apply a transform of a model, and the model that comes out, on parameters for it."""
+    model = transform(MODEL)
+    try:
+        params = adapt(model, PARAMS, KEY)
+    except ShapeError:
+        # An ensemble's members are drawn, each by itself.
+        params = init(model.spec, KEY)
+    return jax.jit(model.apply)(params, BATCH["x"])
+
+
 Transform = Callable[[Any], Any]
 
 
@@ -128,6 +147,18 @@ STEP_TRANSFORMS: dict[str, Transform] = {
     "skip_nonfinite": on_step(skip_nonfinite),
 }
 KINDS: dict[str, Kind] = {
+    "models": Kind(
+        {
+            "cast": lambda m: cast(m, "bfloat16"),
+            "ensemble": lambda m: ensemble(m, 2),
+            "freeze": freeze,
+            "lora": lambda m: lora(m, rank=2),
+            "prune": prune,
+            "quantize": quantize,
+            "quantize_aware": quantize_aware,
+        },
+        compute,
+    ),
     "losses": Kind(
         {
             "autocast": autocast,
