@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -110,8 +110,10 @@ def parse(data: bytes, step: int) -> Manifest:
 
 def _typed(body: Mapping[str, Any]) -> Manifest:
     """Check every field: a correct hash does not make the writer trustworthy."""
-    metric = body.get("metric")
-    if not (metric is None or (type(metric) in (int, float) and math.isfinite(metric))):
+    metric: Any = body.get("metric")
+    # Compared, not converted: an integer may be too large for a float.
+    finite = type(metric) in (int, float) and abs(metric) <= sys.float_info.max
+    if not (metric is None or finite):
         raise ValueError(f"has the metric {metric!r}, expected a finite number or null")
     if not _is_size(body.get("step")):
         raise ValueError(f"has the step {body.get('step')!r}, expected a count")

@@ -131,10 +131,16 @@ def _faults(
 
 def _host_target(leaf: Leaf, name: str, where: str) -> np.ndarray:
     """Stand for an array that is read as NumPy, in its own dtype."""
+    is_words = leaf.dtype.startswith("key<")
     try:
-        dtype = np.uint32 if leaf.dtype.startswith("key<") else jax.numpy.dtype(leaf.dtype)
-    except TypeError as error:
+        # NumPy takes whole sentences for a dtype, and parses them as Python.
+        if not (is_words or leaf.dtype.isidentifier()):
+            raise TypeError("this is no name")
+        dtype = jax.numpy.dtype(np.uint32 if is_words else leaf.dtype)
+    except (TypeError, ValueError) as error:
         raise CheckpointError(f"{where}: {name} has the dtype {leaf.dtype!r}: {error}") from error
+    if dtype == np.dtype(object) or (not is_words and str(dtype) != leaf.dtype):
+        raise CheckpointError(f"{where}: {name} has the dtype {leaf.dtype!r}, of no array")
     return np.empty(0, dtype)
 
 

@@ -13,6 +13,7 @@ from fnml.core._errors import RunError as RunError
 from fnml.core._errors import ShapeError as ShapeError
 from fnml.core._errors import nearest as nearest
 from fnml.core._extras import require as require
+from fnml.core._files import atomic_path as atomic_path
 from fnml.core._files import fsync_directory as fsync_directory
 from fnml.core._files import write_atomic as write_atomic
 from fnml.core._files import write_json as write_json

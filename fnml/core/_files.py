@@ -1,7 +1,9 @@
 """Write a file whole or not at all."""
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +17,45 @@ def fsync_directory(directory: Path) -> None:
         os.close(handle)
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write ``data`` to ``path``: after a crash the file is the old one or the new one.
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a name beside ``path`` to write to; when the block ends well, the file takes its place.
+
+    The file is made durable first. After a crash ``path`` is the old file or the new one, whole;
+    when the block raises, the old one is kept.
 
     Raises:
-      OSError: the directory is missing or not writable, or the disk is full; the old file is kept.
+      OSError: the directory is missing or not writable, or the disk is full.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp(), "text")
+    >>> with atomic_path(path) as temporary:
+    ...     _ = temporary.write_text("whole")
+    ...     path.exists()
+    False
+    >>> path.read_text()
+    'whole'
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
+        yield temporary
+        with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     fsync_directory(path.parent)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write ``data`` to ``path``: after a crash the file is the old one or the new one.
+
+    Raises:
+      OSError: the directory is missing or not writable, or the disk is full; the old file is kept.
+    """
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        file.write(data)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fnml.core import DataError, fsync_directory
+from fnml.core import DataError, atomic_path
 
 _HEADER_BYTES = 128
 
@@ -60,24 +60,15 @@ def write_tokens(
     path, dtype = Path(path), np.dtype(dtype)
     if dtype.kind not in "iu":
         raise DataError(f"{path}: the dtype is {dtype}: tokens are integers, such as uint16")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     written = 0
-    try:
-        with temporary.open("wb") as file:
-            file.write(_header(dtype, 0))
-            for number, chunk in enumerate(chunks):
-                array = _check(chunk, number, written, dtype)
-                file.write(array.tobytes())
-                written += array.size
-            if not written:
-                raise DataError(f"{path}: there is no token to write: every chunk was empty")
-            file.seek(0)
-            file.write(_header(dtype, written))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    fsync_directory(path.parent)
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        file.write(_header(dtype, 0))
+        for number, chunk in enumerate(chunks):
+            array = _check(chunk, number, written, dtype)
+            file.write(array.tobytes())
+            written += array.size
+        if not written:
+            raise DataError(f"{path}: there is no token to write: every chunk was empty")
+        file.seek(0)
+        file.write(_header(dtype, written))
     return written

@@ -91,9 +91,9 @@ class RunConfig:
             faults.append(
                 f"accumulate={self.accumulate}: expected a divisor of batch_size={self.batch_size}"
             )
-        if self.accumulate > 0 and self.devices > 0 and not _divides(self.devices, self.accumulate):
+        if self.accumulate > 0 and self.devices > 1 and not _divides(self.devices, self.accumulate):
             halvings = (self.accumulate & -self.accumulate).bit_length()
-            fine = sorted(self.accumulate >> k for k in range(halvings))
+            fine = sorted({1, *(self.accumulate >> k for k in range(halvings))})
             faults.append(
                 f"devices={self.devices}: accumulate={self.accumulate} shards can be shared by "
                 f"{' or '.join(map(str, fine))} devices, each with a power of two of them"

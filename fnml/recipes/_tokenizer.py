@@ -57,7 +57,10 @@ class BpeTokenizer:
         library: Any = require("tokenizers", extra="bpe")
         try:
             self._inner = library.Tokenizer.from_str(data.decode("utf-8"))
-        except Exception as error:
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        # The library panics at some files, and a panic is no Exception.
+        except BaseException as error:
             raise DataError(f"this is no tokenizer: {error}") from error
         letters = set(library.pre_tokenizers.ByteLevel.alphabet())
         vocabulary = sorted(self._inner.get_vocab().items(), key=lambda item: item[1])

@@ -60,7 +60,7 @@ def _lines(data: bytes, path: Path) -> Iterator[tuple[bytes, Row]]:
             continue
         try:
             row = _parse(line)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError, RecursionError) as error:
             # Only a file that is ours has a torn end; anything else is somebody's data.
             if number > len(whole) and (found or line[: len(_START)] == _START[: len(line)]):
                 return

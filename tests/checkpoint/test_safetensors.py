@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 from checkpoint_states import abstract, assert_same_bits
 
 from fnml.checkpoint import load_safetensors, save_safetensors
@@ -50,6 +51,90 @@ def test_the_file_follows_the_published_format(path):
     start, stop = header["w"]["data_offsets"]
     body = data[8 + length :][start:stop]
     np.testing.assert_array_equal(np.frombuffer(body, "<f4"), [1.0, 2.0])
+
+
+def test_the_safetensors_library_reads_what_is_written(path):
+    save_safetensors(path, PARAMS, {"format": "np"})
+    stored = safetensors.numpy.load_file(path)
+    assert stored.keys() == load_safetensors(path).keys()
+    for name, array in load_safetensors(path).items():
+        assert (stored[name].shape, stored[name].dtype) == (array.shape, array.dtype)
+        assert stored[name].tobytes() == array.tobytes()
+
+
+def test_what_the_safetensors_library_writes_is_read(path):
+    arrays = {
+        "big": np.arange(3, dtype=">i4"),
+        "odd": np.arange(3, dtype=np.int8),
+        "wide": np.arange(4.0),
+        "empty": np.zeros((0, 3), np.float16),
+        "scalar": np.array(2.5, np.float32),
+        "complex": np.array([1 + 2j], np.complex64),
+    }
+    safetensors.numpy.save_file(arrays, path, metadata={"by": "safetensors"})
+    loaded = load_safetensors(path)
+    assert loaded.keys() == arrays.keys()
+    for name, array in arrays.items():
+        assert (loaded[name].shape, loaded[name].dtype.name) == (array.shape, array.dtype.name)
+        np.testing.assert_array_equal(loaded[name], array)
+
+
+def test_arrays_are_views_of_the_file_until_they_are_on_a_device(path):
+    save_safetensors(path, {"w": np.zeros(1 << 16, np.float32)})
+    loaded = load_safetensors(path)["w"]
+    placed = jax.block_until_ready(load_safetensors(path, {"w": jnp.zeros(1 << 16)})["w"])
+    with path.open("r+b") as file:
+        file.seek(-4, 2)
+        file.write(np.float32(7).tobytes())
+    assert loaded[-1] == 7
+    assert placed[-1] == 0
+    with pytest.raises(ValueError, match="read-only"):
+        loaded[0] = 1
+
+
+def test_odd_memory_is_written_as_the_numbers_it_holds(path):
+    swapped = np.arange(4, dtype=">f8")
+    save_safetensors(path, {"swapped": swapped, "strided": np.arange(9).reshape(3, 3)[::2, 1:].T})
+    loaded = load_safetensors(path)
+    assert loaded["swapped"].dtype == np.float64
+    np.testing.assert_array_equal(loaded["swapped"], swapped)
+    np.testing.assert_array_equal(loaded["strided"], [[1, 7], [2, 8]])
+
+
+def entry(dtype="F32", shape=(1,), offsets=(0, 4)):
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
+
+
+HEADERS = {
+    "no JSON object": [],
+    "texts": {"__metadata__": {"a": 1}},
+    "is described by": {"w": {"dtype": "F32"}},
+    "has dtype 'F8_E5M2'": {"w": entry("F8_E5M2")},
+    r"has shape \[-1\]": {"w": entry(shape=(-1,))},
+    r"has shape \[1.0\]": {"w": entry(shape=(1.0,))},
+    "has 4 bytes, and shape": {"w": entry(shape=(2,))},
+    "has -4 bytes": {"w": entry(offsets=(4, 0))},
+    "hole or overlap": {"w": entry(), "v": entry()},
+    "hole or overlap at byte 0": {"w": entry(offsets=(1, 5))},
+    "take 8 bytes, and 4 follow": {"w": entry(shape=(2,), offsets=(0, 8))},
+    "take 0 bytes, and 4 follow": {},
+}
+
+
+@pytest.mark.parametrize("expected", HEADERS)
+def test_a_header_that_lies_is_refused(path, expected):
+    header = json.dumps(HEADERS[expected]).encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
+    with pytest.raises(CheckpointError, match=expected):
+        load_safetensors(path)
+
+
+def test_one_name_twice_is_refused(path):
+    one = json.dumps(entry())
+    header = f'{{"w": {one}, "w": {one}}}'.encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
+    with pytest.raises(CheckpointError, match="one name twice"):
+        load_safetensors(path)
 
 
 def test_a_target_with_a_sharding_is_filled_on_it(path):
