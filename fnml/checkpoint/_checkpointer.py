@@ -208,6 +208,8 @@ class Checkpointer:
             write_step(self.directory, step, self._buffers, tree, meta, metric)
         except Exception as error:  # noqa: BLE001 - whatever it is, the caller gets it
             shutil.rmtree(temporary(self.directory, step), ignore_errors=True)
+            # What failed may have left other writes at work that still read this memory.
+            self._buffers = {}
             self._error = self._failure(step, need, error)
             return
         try:

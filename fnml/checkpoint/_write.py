@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -15,6 +16,9 @@ from fnml.checkpoint._steps import ARRAYS, META, aside, delete, step_name, tempo
 from fnml.checkpoint._tree import Leaf
 from fnml.checkpoint._verify import file_sha256
 from fnml.core import fsync_directory
+
+# hashlib and fsync release the GIL; the training on the same cores needs some of them, too.
+_SEALERS = 2
 
 
 def write_step(
@@ -37,9 +41,8 @@ def write_step(
     write_arrays(work / ARRAYS, arrays)
     (work / META).write_bytes(meta)
 
-    files = sorted(path for path in work.rglob("*") if path.is_file())
     created = datetime.now(UTC).isoformat(timespec="seconds")
-    entries = {path.relative_to(work).as_posix(): _seal(path) for path in files}
+    entries = _seal_all(work)
     for folder in (path for path in work.rglob("*") if path.is_dir()):
         fsync_directory(folder)
     manifest = work / _manifest.NAME
@@ -55,6 +58,16 @@ def write_step(
     fsync_directory(directory)
     if replaces:
         delete(directory, step, old)
+
+
+def _seal_all(work: Path) -> dict[str, File]:
+    """Seal every file below ``work``, by its path relative to that."""
+    files = [path for path in work.rglob("*") if path.is_file()]
+    # The largest first, so that the threads end at about the same time.
+    files.sort(key=lambda path: path.stat().st_size, reverse=True)
+    with ThreadPoolExecutor(_SEALERS, "fnml-seal") as pool:
+        names = (path.relative_to(work).as_posix() for path in files)
+        return dict(zip(names, pool.map(_seal, files), strict=True))
 
 
 def _seal(path: Path) -> File:
