@@ -10,9 +10,6 @@ from fuzz_cases import inputs, outcome, readers, sealed
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-# Without the argument a spoilt manifest is warned of, once for each input.
-logging.getLogger("fnml.checkpoint").setLevel(logging.CRITICAL)
-
 # Orbax reads arrays in coroutines; when one fails, others still answer to the loop that is closed.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
@@ -21,6 +18,16 @@ NAMES = (
     "forged", "run", "tokenizer",
 )  # fmt: skip
 COUNT = 200
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quiet():
+    """A spoilt manifest is warned of, once for each input."""
+    logger = logging.getLogger("fnml.checkpoint")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    yield
+    logger.setLevel(level)
 
 
 @pytest.fixture(scope="module")
