@@ -37,7 +37,7 @@ def command(arguments: Sequence[str]) -> int:
     found = verify_run(parsed.run)
     table = Table("checkpoint", "state")
     for step, faults in found.steps.items():
-        table.add_row(f"step {step}", f"{len(faults)} faults" if faults else "whole")
+        table.add_row(f"step {step}", f"damaged: {len(faults)}" if faults else "whole")
     show(table)
     for finding in found.findings:
         print(f"{finding.where}: {finding.problem}")
