@@ -18,25 +18,13 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from rich import print
 from rich.table import Table
+from turns import turns
 
 from fnml import Metrics, init, models, train
 from fnml.transforms import autocast, capture, checked
 from fnml.transforms._walk import Rules, trace, walk
 
 PyTree = Any
-
-
-def turns(functions: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Time each function once a round, in alternating order."""
-    for function in functions.values():
-        jax.block_until_ready(function())
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for turn in range(rounds):
-        for name in list(functions) if turn % 2 else list(functions)[::-1]:
-            began = time.perf_counter()
-            jax.block_until_ready(functions[name]())
-            times[name].append(time.perf_counter() - began)
-    return times
 
 
 def add_rows(table: Table, what: str, times: dict[str, list[float]]) -> None:

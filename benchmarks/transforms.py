@@ -11,8 +11,6 @@ that XLA plans and the time, by policy, beside the plain function.
 import argparse
 import re
 import statistics
-import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -26,6 +24,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from rich import print
 from rich.table import Table
+from turns import turns
 
 from fnml import Metrics, init, models, train, transforms
 
@@ -44,19 +43,6 @@ def problem(batch_size: int) -> tuple[Any, PyTree, PyTree]:
         return loss.value, Metrics(loss.weight)
 
     return loss_fn, init(model.spec, jax.random.key(0)), batch
-
-
-def turns(functions: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Time each function once a round, in alternating order."""
-    for function in functions.values():
-        jax.block_until_ready(function())
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for turn in range(rounds):
-        for name in list(functions) if turn % 2 else list(functions)[::-1]:
-            began = time.perf_counter()
-            jax.block_until_ready(functions[name]())
-            times[name].append(time.perf_counter() - began)
-    return times
 
 
 def add_rows(table: Table, what: str, times: dict[str, list[float]], extra: dict[str, str]) -> None:

@@ -238,6 +238,7 @@ def _evaluation(loss_fn: LossFn, params: PyTree, batch: PyTree, options: dict[st
 
 
 def weight_law(case: _Case) -> Finding:
+    """Check that parts of the batch, weighted by ``metrics.weight``, merge to the whole."""
     loss_fn = jax.jit(case.plain)
     loss, metrics = loss_fn(case.params, case.batch, case.key, **case.options)
     weight = float(metrics.weight)

@@ -171,7 +171,8 @@ def fit(
             nonlocal saved
             assert save is not None
             with clock.paused():
-                _check_finite(keys.dress(live), done)
+                state = keys.dress(live)
+                _check_finite(state, done)
                 for sink in sinks:
                     sink.flush()
                 meta = {
@@ -184,7 +185,7 @@ def fit(
                 if hasattr(batches, "state"):
                     meta["data"] = batches.state(done - start)
                 metric = evals[-1].values.get(save_metric or "") if evaluated == done else None
-                save(keys.dress(live), meta, metric)
+                save(state, meta, metric)
             saved = done
 
         def due(slot: int, when: Every | None) -> bool:
