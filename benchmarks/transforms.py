@@ -60,9 +60,16 @@ def add_rows(table: Table, what: str, times: dict[str, list[float]], extra: dict
 
 
 def accumulation(table: Table, rounds: int) -> None:
-    """``accumulate`` against a scan that adds up gradients."""
-    loss_fn, params, batch = problem(32)
-    grad_fn, key, count = jax.value_and_grad(loss_fn, has_aux=True), jax.random.key(0), 8
+    """``accumulate`` against a scan that adds up gradients, with little and more work per shard."""
+    for size in (2, 4):
+        accumulation_of(size, table, rounds)
+
+
+def accumulation_of(size: int, table: Table, rounds: int) -> None:
+    """Measure micro-batches of ``size`` sequences."""
+    count = 8
+    loss_fn, params, batch = problem(count * size)
+    grad_fn, key = jax.value_and_grad(loss_fn, has_aux=True), jax.random.key(0)
 
     @jax.jit
     def by_hand(params: PyTree, batch: PyTree) -> PyTree:
@@ -81,7 +88,7 @@ def accumulation(table: Table, rounds: int) -> None:
         "scan by hand": lambda: by_hand(params, batch),
         "accumulate": lambda: ours(params, batch),
     }
-    add_rows(table, f"{count} micro-batches of 4", turns(functions, rounds), {})
+    add_rows(table, f"{count} micro-batches of {size}", turns(functions, rounds), {})
 
 
 def examples(table: Table, rounds: int) -> None:
