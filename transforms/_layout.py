@@ -44,6 +44,18 @@ def _wide(x: jax.Array) -> jax.Array:
     return x.astype(jnp.float32) if jnp.dtype(x.dtype).itemsize < 4 else x
 
 
+def _rounded(product: jax.Array, weight: jax.Array) -> jax.Array:
+    """Keep a product with ``weight`` apart from the addition that takes it.
+
+    XLA:CPU would contract the two into a fused multiply-add where a layout brings them together,
+    and not in another: one rounding less, and other bits. It may not see through the integers, nor
+    know that no weight is below zero.
+    """
+    integers = jnp.uint32 if product.dtype.itemsize == 4 else jnp.uint64
+    bits = lax.bitcast_convert_type(product, integers) ^ (weight < 0).astype(integers)
+    return lax.bitcast_convert_type(bits, product.dtype)
+
+
 def to_sums(loss: jax.Array, metrics: Metrics, grads: PyTree) -> Sums:
     """Weigh one shard's mean loss and gradients, so that they can be added to other shards'.
 
@@ -53,7 +65,9 @@ def to_sums(loss: jax.Array, metrics: Metrics, grads: PyTree) -> Sums:
 
     def weigh(x: jax.Array) -> jax.Array:
         x = _wide(x)
-        return jnp.where(weight == 0, jnp.zeros_like(x), x * weight.astype(x.dtype))
+        return jnp.where(
+            weight == 0, jnp.zeros_like(x), _rounded(x * weight.astype(x.dtype), weight)
+        )
 
     return Sums(weight, weigh(loss), jax.tree.map(weigh, grads), metrics.values, metrics.stats)
 
@@ -203,23 +217,41 @@ def pairwise(parts: list[PyTree]) -> PyTree:
 def ordered_sum(shard: Callable[[jax.Array], PyTree], count: int) -> PyTree:
     """Add ``shard(0) .. shard(count - 1)`` along the tree of :func:`pairwise`, one at a time.
 
-    ``shard`` is traced once. Beside one shard's own memory this holds two sums per level of the
+    ``shard`` is traced once. Beside one shard's own memory this holds one sum per level of the
     tree for ``count`` a power of two; an odd factor ``q`` of ``count`` adds ``q`` sums.
     """
+    if count == 1:
+        return shard(jnp.int32(0))
     block = count & -count
+    # Its jaxpr is kept between finding the shapes and the loop; inline, it leaves no call behind.
+    shard = jax.jit(shard, inline=True)
+    nothing = jax.tree.map(_nothing, jax.eval_shape(shard, jnp.int32(0)))
 
     def subtree(size: int, first: jax.Array) -> PyTree:
         if size == 1:
             return shard(first)
         half = size // 2
-        pair = lax.map(lambda i: subtree(half, first + i * half), jnp.arange(2, dtype=jnp.int32))
-        return jax.tree.map(lambda x: x[0] + x[1], pair)
+
+        def merge(total: PyTree, i: jax.Array) -> tuple[PyTree, None]:
+            return add(total, subtree(half, first + i * half)), None
+
+        return lax.scan(merge, nothing, jnp.arange(2, dtype=jnp.int32))[0]
 
     if block == count:
         return subtree(count, jnp.int32(0))
     starts = jnp.arange(0, count, block, dtype=jnp.int32)
     blocks = lax.map(lambda first: subtree(block, first), starts)
     return pairwise([jax.tree.map(lambda x, i=i: x[i], blocks) for i in range(count // block)])
+
+
+def _nothing(x: Any) -> jax.Array:
+    """Return what leaves every bit of a number that is added to it: of floats, minus zero."""
+    zero = -0.0 if jnp.issubdtype(x.dtype, jnp.inexact) else 0
+    full = jnp.full(x.shape, zero, x.dtype)
+    # Under shard_map, a sum that differs between devices starts as one that may differ.
+    kind = getattr(x, "manual_axis_type", None)
+    varies = tuple(kind.varying) if kind else tuple(getattr(x, "vma", ()))
+    return lax.pcast(full, varies, to="varying") if varies else full
 
 
 def split_batch(batch: PyTree, count: int) -> PyTree:

@@ -149,6 +149,26 @@ def test_nested_accumulation_has_the_bits_and_the_keys_of_the_flat_one(inner, ou
     jax.tree.map(np.testing.assert_array_equal, nested, flat)
 
 
+@pytest.mark.parametrize("count", [2, 6])
+def test_inside_a_shard_map_of_the_users_own_each_device_accumulates_what_it_holds(count):
+    params, batch = make()
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    key = jax.random.key(0)
+
+    def local(params, batch):
+        params = jax.lax.pcast(params, "data", to="varying")
+        _, grads = accumulate(grad_fn, count)(params, batch, key)
+        return jax.tree.map(lambda x: x[None], grads)
+
+    specs = (jax.P(), jax.P("data"))
+    run = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=jax.P("data")))
+    both = run(params, batch)
+    for i in range(2):
+        half = jax.tree.map(lambda x, i=i: x[i * B // 2 : (i + 1) * B // 2], batch)
+        own = jax.tree.map(lambda x, i=i: x[i], both)
+        assert relative(own, grad_fn(params, half, key)[1]) < BOUND
+
+
 def test_an_inner_count_that_is_no_power_of_two_is_refused():
     with pytest.raises(LayoutError, match=r"3 shards.*power of two"):
         accumulate(accumulate(grad_fn, 3), 2)
