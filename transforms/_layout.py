@@ -44,15 +44,15 @@ def _wide(x: jax.Array) -> jax.Array:
     return x.astype(jnp.float32) if jnp.dtype(x.dtype).itemsize < 4 else x
 
 
-def _rounded(product: jax.Array, weight: jax.Array) -> jax.Array:
-    """Keep a product with ``weight`` apart from the addition that takes it.
+def _rounded(product: jax.Array, loss: jax.Array) -> jax.Array:
+    """Keep a product with the weight apart from the addition that takes it.
 
     XLA:CPU would contract the two into a fused multiply-add where a layout brings them together,
     and not in another: one rounding less, and other bits. It may not see through the integers, nor
-    know that no weight is below zero.
+    know whether the loss is a number (of a weight it may know the sign).
     """
     integers = jnp.uint32 if product.dtype.itemsize == 4 else jnp.uint64
-    bits = lax.bitcast_convert_type(product, integers) ^ (weight < 0).astype(integers)
+    bits = lax.bitcast_convert_type(product, integers) ^ jnp.isnan(loss).astype(integers)
     return lax.bitcast_convert_type(bits, product.dtype)
 
 
@@ -65,9 +65,7 @@ def to_sums(loss: jax.Array, metrics: Metrics, grads: PyTree) -> Sums:
 
     def weigh(x: jax.Array) -> jax.Array:
         x = _wide(x)
-        return jnp.where(
-            weight == 0, jnp.zeros_like(x), _rounded(x * weight.astype(x.dtype), weight)
-        )
+        return jnp.where(weight == 0, jnp.zeros_like(x), _rounded(x * weight.astype(x.dtype), loss))
 
     return Sums(weight, weigh(loss), jax.tree.map(weigh, grads), metrics.values, metrics.stats)
 

@@ -154,6 +154,28 @@ def test_one_hash_per_model_over_the_whole_matrix(name):
     assert len(set(found.values())) == 1, found
 
 
+def test_a_weight_that_the_compiler_knows_and_cannot_represent_in_a_shift_has_one_hash_too():
+    # Seven examples to a shard: a product with 7 rounds, unless it is fused with an addition.
+    draw = np.random.default_rng(11).normal
+    params = {name: draw(size=(24, 24)).astype(np.float32) / 5 for name in ("w1", "w2")}
+    batch = {name: draw(size=(7 * 8, 24)).astype(np.float32) for name in ("x", "y")}
+
+    def loss_fn(params, batch, key):
+        error = (jnp.tanh(batch["x"] @ params["w1"]) @ params["w2"] - batch["y"]) ** 2
+        return jnp.mean(error), Metrics(jnp.float32(batch["x"].shape[0]))
+
+    plain = jax.value_and_grad(loss_fn, has_aux=True)
+    found = {
+        (d, a): digest(
+            jax.jit(accumulate(data_parallel(accumulate(plain, 8 // (d * a)), mesh(d)), a))(
+                params, batch, KEY
+            )
+        )
+        for d, a in ((1, 1), (1, 8), (2, 2), (4, 1), (4, 2), (8, 1))
+    }
+    assert len(set(found.values())) == 1, found
+
+
 @pytest.mark.parametrize("lay", [data_parallel, pmap])
 def test_fast_reduction_agrees_to_rounding(lay):
     where = mesh(8) if lay is data_parallel else jax.devices()
