@@ -24,6 +24,9 @@ from fnml.models._linear import linear as linear
 from fnml.models._max_pool2d import max_pool2d as max_pool2d
 from fnml.models._mlp import MLPConfig as MLPConfig
 from fnml.models._mlp import mlp as mlp
+from fnml.models._moe import Routes as Routes
+from fnml.models._moe import moe as moe
+from fnml.models._moe import route as route
 from fnml.models._rms_norm import rms_norm as rms_norm
 from fnml.models._rope import Rotation as Rotation
 from fnml.models._rope import rope as rope

@@ -9,12 +9,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from fnml.core import Model, Param, ShapeError, fold_name
+from fnml.core import ConfigError, Mean, Model, Param, ShapeError, fold_name
 from fnml.models._attention import causal_attention
 from fnml.models._config import at_least, one_of, rate, refuse
 from fnml.models._dropout import dropout
 from fnml.models._embed import embed
 from fnml.models._linear import linear
+from fnml.models._moe import moe
 from fnml.models._rms_norm import rms_norm
 from fnml.models._rope import Rotation, rotate, rotation
 from fnml.models._swiglu import swiglu
@@ -47,6 +48,10 @@ class GPTConfig:
     mlp_width: int | None = None
     """The hidden width of the feed-forward layers, M; ``None`` for 8/3 of ``width``, rounded up
     to a multiple of 32."""
+    experts: int | None = None
+    """How many feed-forward layers there are to choose from, E; ``None`` for one dense layer."""
+    experts_per_token: int = 2
+    """How many experts each token is sent to, with ``experts``."""
     context: int = 128
     """The most tokens the model reads at once."""
     dropout: float = 0.0
@@ -63,7 +68,12 @@ class GPTConfig:
 
     def __post_init__(self) -> None:
         sizes = ("vocab", "width", "layers", "heads", "context", "unroll")
-        faults = at_least(self, 1, *sizes, "kv_heads", "mlp_width")
+        faults = at_least(self, 1, *sizes, "kv_heads", "mlp_width", "experts")
+        faults += at_least(self, 1, "experts_per_token")
+        if self.experts is not None and self.experts_per_token > self.experts:
+            faults.append(
+                f"experts_per_token={self.experts_per_token} is more than experts={self.experts}"
+            )
         if not faults:
             if self.width % self.heads:
                 faults.append(
@@ -106,7 +116,7 @@ def _spec(config: GPTConfig) -> PyTree:
     L, D, M, V = config.layers, config.width, config.hidden, config.vocab
     H, K, Dh = config.heads, config.groups, config.head_width
 
-    def stacked(shape: tuple[int, ...], axes: tuple[str, ...], std: float) -> Param:
+    def stacked(shape: tuple[int, ...], axes: tuple[str | None, ...], std: float) -> Param:
         return Param((L, *shape), ("layers", *axes), jax.nn.initializers.normal(std))
 
     def scale(*layers: int) -> dict[str, Param]:
@@ -116,7 +126,8 @@ def _spec(config: GPTConfig) -> PyTree:
     # Two branches per layer add up in the residual stream: 1 / sqrt(2 L) keeps its variance
     # independent of depth (Radford et al. 2019, GPT-2, section 2.3).
     branch = 1 / math.sqrt(2 * L)
-    spec = {
+    E, each = ((), ()) if config.experts is None else ((config.experts,), ("experts",))
+    spec: dict[str, Any] = {
         "embed": {"table": Param((V, D), ("vocab", "embed"), jax.nn.initializers.normal(0.02))},
         "layers": {
             "attention_norm": scale(L),
@@ -128,13 +139,16 @@ def _spec(config: GPTConfig) -> PyTree:
             },
             "mlp_norm": scale(L),
             "mlp": {
-                "gate": stacked((D, M), ("embed", "mlp"), D**-0.5),
-                "up": stacked((D, M), ("embed", "mlp"), D**-0.5),
-                "down": stacked((M, D), ("mlp", "embed"), branch * M**-0.5),
+                "gate": stacked((*E, D, M), (*each, "embed", "mlp"), D**-0.5),
+                "up": stacked((*E, D, M), (*each, "embed", "mlp"), D**-0.5),
+                "down": stacked((*E, M, D), (*each, "mlp", "embed"), branch * M**-0.5),
             },
         },
         "norm": scale(),
     }
+    if config.experts is not None:
+        # Small, so that at first all experts are about equally likely.
+        spec["layers"]["mlp"]["router"] = stacked((D, *E), ("embed", None), 0.02)
     if not config.tied:
         head = Param((D, V), ("embed", "vocab"), jax.nn.initializers.normal(0.02))
         spec["head"] = {"kernel": head}
@@ -174,16 +188,24 @@ def finish_layer(
     x: jax.Array,
     attended: jax.Array,
     key: jax.Array | None = None,
-) -> jax.Array:
-    """Add one layer's two branches to x [B, T, D], given what its heads read [B, T, H, D / H]."""
+) -> tuple[jax.Array, jax.Array | None]:
+    """Add one layer's two branches to x [B, T, D], given what its heads read [B, T, H, D / H].
+
+    The second result is how unevenly the experts are used, ``None`` without experts.
+    """
     out = params["attention"]["out"].reshape(config.width, config.width)
     y = checkpoint_name(linear(attended.reshape(x.shape), out), "attention_out")
-    x = x + dropout(y, config.dropout, None if key is None else fold_name(key, "attention"))
+    y = dropout(y, config.dropout, None if key is None else fold_name(key, "attention"))
     mlp = params["mlp"]
-    y = rms_norm(x, params["mlp_norm"]["scale"])
-    y = linear(swiglu(linear(y, mlp["gate"]), linear(y, mlp["up"])), mlp["down"])  # [B, T, D]
+    y, x = rms_norm(x, params["mlp_norm"]["scale"], y)
+    balance = None
+    if config.experts is None:
+        y = linear(swiglu(linear(y, mlp["gate"]), linear(y, mlp["up"])), mlp["down"])  # [B, T, D]
+    else:
+        y, routes = moe(y, mlp, experts_per_token=config.experts_per_token)
+        balance = routes.balance
     y = checkpoint_name(y, "mlp_out")
-    return x + dropout(y, config.dropout, None if key is None else fold_name(key, "mlp"))
+    return x + dropout(y, config.dropout, None if key is None else fold_name(key, "mlp")), balance
 
 
 def read_logits(config: GPTConfig, params: PyTree, x: jax.Array) -> jax.Array:
@@ -201,13 +223,20 @@ def gpt(config: GPTConfig) -> Model:
     time does not grow with depth. A layer names ``"attention_out"`` and ``"mlp_out"`` for
     ``jax.checkpoint`` policies.
 
-    Law: changing token t changes no bit of the logits before t.
+    With ``experts``, ``apply(..., balance=True)`` returns ``(logits, balance)``: a
+    :class:`fnml.Mean` over tokens of :func:`route`'s balance, averaged over layers. Add 0.01 of its
+    value to the loss, and put it into ``Metrics.values``. Like a batch norm's moments it belongs to
+    the batch it is computed on, so the layout transforms average it over logical shards.
+
+    Law: changing token t changes no bit of the logits before t (with experts, to rounding: rows
+    meet other rows in a product).
 
     Source: Touvron et al. 2023, arXiv:2302.13971, section 2.2 (RMSNorm before each branch,
     SwiGLU, rotary positions); grouped queries: Ainslie et al. 2023, arXiv:2305.13245.
 
     Raises:
       ShapeError: ``tokens`` are not [B, T], or longer than ``context``.
+      ConfigError: the balance of a model without experts is asked for.
 
     >>> import jax, jax.numpy as jnp
     >>> from fnml.core import init
@@ -216,22 +245,30 @@ def gpt(config: GPTConfig) -> Model:
     (3, 5, 11)
     """
 
-    def apply(params: PyTree, tokens: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
+    def apply(
+        params: PyTree, tokens: jax.Array, *, key: jax.Array | None = None, balance: bool = False
+    ) -> Any:
+        if balance and config.experts is None:
+            raise ConfigError("apply got balance=True for a GPT without experts: set experts")
         if config.dropout == 0:
             key = None
         x = embed_tokens(config, params, tokens)
         x = dropout(x, config.dropout, None if key is None else fold_name(key, "embed"))
         by = rotation(jnp.arange(tokens.shape[1]), config.head_width, base=config.rope_base)
 
-        def layer(x: jax.Array, inputs: tuple[PyTree, jax.Array | None]) -> tuple[jax.Array, None]:
+        def layer(x: jax.Array, inputs: tuple[PyTree, jax.Array | None]) -> tuple[jax.Array, Any]:
             params, key = inputs
             q, k, v = project_heads(config, params, x, by)
-            return finish_layer(config, params, x, causal_attention(q, k, v), key), None
+            return finish_layer(config, params, x, causal_attention(q, k, v), key)
 
         keys = None if key is None else jax.random.split(fold_name(key, "layers"), config.layers)
-        x, _ = lax.scan(
+        x, shares = lax.scan(
             layer, x, (params["layers"], keys), unroll=min(config.unroll, config.layers)
         )
-        return read_logits(config, params, x)
+        logits = read_logits(config, params, x)
+        if not balance:
+            return logits
+        count = jnp.asarray(tokens.size, jnp.float32)
+        return logits, Mean(jnp.mean(shares) * count, count)
 
     return Model(_spec(config), apply)

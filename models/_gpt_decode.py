@@ -10,7 +10,7 @@ from jax import lax
 from fnml.core import ConfigError, ShapeError
 from fnml.models._gpt import GPTConfig, embed_tokens, finish_layer, project_heads, read_logits
 from fnml.models._rope import rotation
-from fnml.models._wide import wide
+from fnml.pallas_kernels import decode_attention, quantize_cache
 
 PyTree = Any
 Decode = Callable[[PyTree, PyTree, jax.Array, jax.Array | int], tuple[jax.Array, PyTree]]
@@ -20,10 +20,11 @@ def gpt_cache(config: GPTConfig, batch: int, length: int, dtype: Any = None) -> 
     """Return an empty cache for ``batch`` sequences, which remembers ``length`` tokens.
 
     It holds ``"key"`` and ``"value"``, [L, B, length, K, D / H], in ``dtype``: by default the
-    config's, or float32.
+    config's, or float32. In int8 they are codes, with ``"key_scale"`` and ``"value_scale"``,
+    float32 [L, B, K, length]: a quarter of float32's memory, and 4 bytes a token and head.
 
     Raises:
-      ConfigError: ``batch`` or ``length`` is below 1.
+      ConfigError: ``batch`` or ``length`` is below 1, or ``dtype`` is neither floating nor int8.
 
     >>> gpt_cache(GPTConfig(layers=2, heads=4, kv_heads=2), batch=3, length=10)["key"].shape
     (2, 3, 10, 2, 32)
@@ -31,18 +32,28 @@ def gpt_cache(config: GPTConfig, batch: int, length: int, dtype: Any = None) -> 
     if batch < 1 or length < 1:
         raise ConfigError(f"gpt_cache got batch={batch}, length={length}: expected 1 or more")
     shape = (config.layers, batch, length, config.groups, config.head_width)
-    dtype = dtype or config.dtype or jnp.float32
-    return {"key": jnp.zeros(shape, dtype), "value": jnp.zeros(shape, dtype)}
+    dtype = jnp.dtype(dtype or config.dtype or jnp.float32)
+    cache = {"key": jnp.zeros(shape, dtype), "value": jnp.zeros(shape, dtype)}
+    if jnp.issubdtype(dtype, jnp.floating):
+        return cache
+    if dtype != jnp.int8:
+        raise ConfigError(f"gpt_cache got dtype={dtype}: expected floats, or int8 for codes")
+    scales = (config.layers, batch, config.groups, length)
+    return {**cache, "key_scale": jnp.zeros(scales), "value_scale": jnp.zeros(scales)}
 
 
-def _attend(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array) -> jax.Array:
-    """Attend from q [B, t, H, D] to a cache k, v [B, S, K, D], where seen [t, S] says so."""
-    B, t, H, D = q.shape
-    K, sums = k.shape[2], wide(q.dtype)
-    q = q.reshape(B, t, K, H // K, D) * D**-0.5
-    scores = jnp.einsum("btkgd,bskd->bkgts", q, k, preferred_element_type=sums)
-    weights = jax.nn.softmax(jnp.where(seen[None, None, None], scores, -jnp.inf), axis=-1)
-    return jnp.einsum("bkgts,bskd->btkgd", weights.astype(v.dtype), v).reshape(B, t, H, D)
+def _written(old: PyTree, keys: jax.Array, values: jax.Array, slot: jax.Array) -> PyTree:
+    """Put keys and values [B, t, K, D] at ``slot`` of one layer's cache, as bytes if it is bytes."""
+    new = {"key": keys, "value": values}
+    if old["key"].dtype == jnp.int8:
+        new["key"], new["key_scale"] = quantize_cache(keys)
+        new["value"], new["value_scale"] = quantize_cache(values)
+    return {
+        name: lax.dynamic_update_slice_in_dim(
+            old[name], part.astype(old[name].dtype), slot, 2 if name.endswith("_scale") else 1
+        )
+        for name, part in new.items()
+    }
 
 
 def gpt_decode(config: GPTConfig) -> Decode:
@@ -59,7 +70,8 @@ def gpt_decode(config: GPTConfig) -> Decode:
 
     Law: while position + t <= S, the logits equal those of ``apply`` on the whole sequence,
     however it is cut into calls; to 1e-5 of their norm in float32, as the sums over keys are
-    taken in another order.
+    taken in another order. With a cache of int8 they differ by its rounding: half a step of
+    each key's and value's scale, 1/254 of its largest number.
 
     Raises:
       ShapeError: ``tokens`` are not [B, t] of the cache's batch, or more than it holds.
@@ -88,24 +100,24 @@ def gpt_decode(config: GPTConfig) -> Decode:
         t = tokens.shape[1]
         position = jnp.asarray(position, jnp.int32)
         queries = position + jnp.arange(t)  # [t]
-        # Slot s holds the latest position that is s modulo S; below 0 it was never written.
-        last = position + t - 1
-        keys = last - (last - jnp.arange(S)) % S  # [S]
-        seen = (keys[None, :] >= 0) & (keys[None, :] <= queries[:, None])  # [t, S]
+        # Once all slots are taken, a token reads every one of them, in whatever order they lie.
+        lengths = jnp.broadcast_to(jnp.minimum(position + t, S), (B,))
         slot = position % S if t == 1 else position
         by = rotation(queries, config.head_width, base=config.rope_base)
 
         def layer(x: jax.Array, inputs: tuple[PyTree, PyTree]) -> tuple[jax.Array, PyTree]:
             params, old = inputs
             q, k, v = project_heads(config, params, x, by)
-            new = {
-                name: lax.dynamic_update_slice_in_dim(
-                    old[name], part.astype(old[name].dtype), slot, 1
-                )
-                for name, part in (("key", k), ("value", v))
-            }  # [B, S, K, D / H]
-            attended = _attend(q, new["key"].astype(q.dtype), new["value"].astype(q.dtype), seen)
-            return finish_layer(config, params, x, attended), new
+            new = _written(old, k, v, slot)
+            attended = decode_attention(
+                q,
+                new["key"],
+                new["value"],
+                lengths,
+                k_scale=new.get("key_scale"),
+                v_scale=new.get("value_scale"),
+            )
+            return finish_layer(config, params, x, attended)[0], new
 
         x = embed_tokens(config, params, tokens)
         x, cache = lax.scan(layer, x, (params["layers"], cache))

@@ -1,19 +1,26 @@
 """Layer normalisation."""
 
-import jax
-import jax.numpy as jnp
-from jax import lax
+from typing import Any
 
-from fnml.models._broadcast import along_last
-from fnml.models._wide import wide
+import jax
+
+from fnml import pallas_kernels
+from fnml.models._broadcast import check_last
 
 
 def layer_norm(
-    x: jax.Array, scale: jax.Array, bias: jax.Array | None = None, *, eps: float = 1e-5
-) -> jax.Array:
+    x: jax.Array,
+    scale: jax.Array,
+    bias: jax.Array | None = None,
+    residual: jax.Array | None = None,
+    *,
+    eps: float = 1e-5,
+) -> Any:
     """Return ``(x - mean) / sqrt(var + eps) * scale + bias`` over the last axis of ``x`` [..., D].
 
     ``scale`` and ``bias`` are [D]. Computed in at least float32, returned in the dtype of ``x``.
+    With a ``residual`` like ``x``, the sum is normalised, and ``(y, x + residual)`` comes back. On
+    a TPU large inputs go through :func:`fnml.pallas_kernels.layer_norm`.
 
     Law: ``layer_norm(x + c, ...) == layer_norm(x, ...)`` for a number c, to rounding.
 
@@ -26,10 +33,7 @@ def layer_norm(
     >>> layer_norm(jnp.array([1.0, 3.0]), jnp.ones(2), jnp.zeros(2), eps=0.0).tolist()
     [-1.0, 1.0]
     """
-    full = x.astype(wide(x.dtype))
-    centred = full - jnp.mean(full, -1, keepdims=True)
-    inverse = lax.rsqrt(jnp.mean(centred * centred, -1, keepdims=True) + eps)
-    out = centred * inverse * along_last("layer_norm scale", scale, full)
+    check_last("layer_norm scale", scale, x)
     if bias is not None:
-        out = out + along_last("layer_norm bias", bias, full)
-    return out.astype(x.dtype)
+        check_last("layer_norm bias", bias, x)
+    return pallas_kernels.layer_norm(x, scale, bias, residual, eps=eps)

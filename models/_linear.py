@@ -9,6 +9,7 @@ from jax import lax
 
 from fnml.core import ShapeError
 from fnml.models._floats import refuse_integers
+from fnml.pallas_kernels import QuantizedMatrix
 
 
 def _dot(a: jax.Array, b: jax.Array, over: tuple[int, int], dtype: Any) -> jax.Array:
@@ -43,7 +44,11 @@ _linear.defvjp(_forward, _backward)
 
 
 def linear(
-    x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None, *, out_dtype: Any = None
+    x: jax.Array,
+    kernel: jax.Array | QuantizedMatrix,
+    bias: jax.Array | None = None,
+    *,
+    out_dtype: Any = None,
 ) -> jax.Array:
     """Return ``x @ kernel + bias`` for ``x`` [..., D], ``kernel`` [D, F], ``bias`` [F].
 
@@ -72,7 +77,11 @@ def linear(
         raise ShapeError(
             f"linear got a bias {bias.shape} and a kernel {kernel.shape}: expected a bias [F]"
         )
-    rows = _linear(x.reshape(-1, x.shape[-1]), kernel, jnp.dtype(out_dtype or x.dtype))
+    rows, dtype = x.reshape(-1, x.shape[-1]), jnp.dtype(out_dtype or x.dtype)
+    if isinstance(kernel, QuantizedMatrix):
+        rows = kernel.multiply(rows, out_dtype=dtype)
+    else:
+        rows = _linear(rows, kernel, dtype)
     if bias is not None:
         rows = rows + jnp.expand_dims(bias.astype(rows.dtype), 0)
     return rows.reshape(*x.shape[:-1], kernel.shape[1])

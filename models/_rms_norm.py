@@ -1,17 +1,21 @@
 """Root-mean-square normalisation."""
 
+from typing import Any
+
 import jax
-import jax.numpy as jnp
-from jax import lax
 
-from fnml.models._broadcast import along_last
-from fnml.models._wide import wide
+from fnml import pallas_kernels
+from fnml.models._broadcast import check_last
 
 
-def rms_norm(x: jax.Array, scale: jax.Array, *, eps: float = 1e-6) -> jax.Array:
+def rms_norm(
+    x: jax.Array, scale: jax.Array, residual: jax.Array | None = None, *, eps: float = 1e-6
+) -> Any:
     """Return ``x / sqrt(mean(x**2) + eps) * scale`` over the last axis of ``x`` [..., D].
 
-    ``scale`` is [D]. Computed in at least float32, returned in the dtype of ``x``.
+    ``scale`` is [D]. Computed in at least float32, returned in the dtype of ``x``. With a
+    ``residual`` like ``x``, the sum is normalised, and ``(y, x + residual)`` comes back. On a TPU
+    large inputs go through :func:`fnml.pallas_kernels.rms_norm`.
 
     Law: ``rms_norm(c * x, scale) == rms_norm(x, scale)`` for c > 0, up to ``eps``.
 
@@ -24,6 +28,5 @@ def rms_norm(x: jax.Array, scale: jax.Array, *, eps: float = 1e-6) -> jax.Array:
     >>> rms_norm(jnp.array([2.0, -2.0]), jnp.ones(2), eps=0.0).tolist()
     [1.0, -1.0]
     """
-    full = x.astype(wide(x.dtype))
-    inverse = lax.rsqrt(jnp.mean(full * full, -1, keepdims=True) + eps)
-    return (full * inverse * along_last("rms_norm scale", scale, full)).astype(x.dtype)
+    check_last("rms_norm scale", scale, x)
+    return pallas_kernels.rms_norm(x, scale, residual, eps=eps)

@@ -27,15 +27,20 @@ class Edited:
       weights: ``weights(params, key) -> root params``; ``key`` is the call's, or ``None``.
       store: ``store(root params, key) -> params``, for :func:`adapt`.
       names: the transforms applied, the first one first.
+      lazy: like ``weights``, for ``apply`` alone: root params in which some arrays are stand-ins
+        that a layer knows how to use; ``None`` where there are none. An edit around this one
+        builds on ``weights``.
     """
 
     root: Model
     weights: Callable[[PyTree, jax.Array | None], PyTree]
     store: Callable[[PyTree, jax.Array | None], PyTree]
     names: tuple[str, ...]
+    lazy: Callable[[PyTree, jax.Array | None], PyTree] | None = None
 
     def __call__(self, params: PyTree, *inputs: Any, **options: Any) -> Any:
-        return self.root.apply(self.weights(params, options.get("key")), *inputs, **options)
+        weights = (self.lazy or self.weights)(params, options.get("key"))
+        return self.root.apply(weights, *inputs, **options)
 
 
 def opened(model: Model) -> Edited:

@@ -9,6 +9,7 @@ import numpy as np
 from jax import lax
 
 from fnml.core import ConfigError, Model, NonFiniteError, Param, leaf_names, map_with_name
+from fnml.pallas_kernels import QuantizedMatrix
 from fnml.transforms._edited import (
     Edited,
     Matrix,
@@ -18,6 +19,7 @@ from fnml.transforms._edited import (
     matrices,
     opened,
     refuse_order,
+    stack_depth,
 )
 
 PyTree = Any
@@ -63,6 +65,7 @@ def quantize(
     group: int | None = None,
     zero_point: bool = False,
     targets: Targets = None,
+    fused: bool = False,
 ) -> Model:
     """Keep weight matrices as 8- or 4-bit integers with scales; activations stay what they are.
 
@@ -75,7 +78,10 @@ def quantize(
     (channel) has its scale, or each output's ``group`` consecutive inputs. Codes are int8, uint8
     with ``zero_point``, and two in one uint8 for 4 bits: the first half of the rows in the low,
     the second in the high nibbles. The dequantised weights are temporaries of a call; it is what
-    lies in memory between calls, on disk and in ``State`` that shrinks.
+    lies in memory between calls, on disk and in ``State`` that shrinks. With ``fused`` linear layers
+    multiply with the codes themselves (:func:`fnml.pallas_kernels.quantized_matmul`), so that only
+    a block of a matrix exists as numbers at any time, and a token by itself reads 1 or 1/2 byte a
+    weight; other layers, and edits around this one, still see whole weights.
 
     Symmetric: ``scale = max|w| / (2**(bits - 1) - 1)``, ``codes = round(w / scale)``. With a zero
     point: ``scale = (max(w, 0) - min(w, 0)) / (2**bits - 1)``, ``zero = round(-min(w, 0) /
@@ -92,6 +98,7 @@ def quantize(
       group: the number of inputs that share a scale; divides the inputs of every target.
       zero_point: for weights that are not centred, such as after a ReLU.
       targets: path globs in ``model.spec``, by default every float matrix.
+      fused: multiply with codes in linear layers; the same to rounding.
 
     Raises:
       ConfigError: a number is out of range, a group does not divide a weight's inputs, or a
@@ -127,6 +134,15 @@ def quantize(
     def weights(params: PyTree, key: jax.Array | None) -> PyTree:
         return inner.weights(restore(params), key)
 
+    def lazy(params: PyTree, key: jax.Array | None) -> PyTree:
+        return map_with_name(
+            lambda name, param, stored: (
+                _stand_in(stored, param, grid) if name in chosen else stored
+            ),
+            model.spec,
+            params,
+        )
+
     def store(params: PyTree, key: jax.Array | None) -> PyTree:
         values = inner.store(params, key)
         _refuse_nonfinite(values, chosen)
@@ -144,7 +160,10 @@ def quantize(
         return rounded(values)
 
     spec = map_with_name(lambda name, p: _spec(p, grid) if name in chosen else p, model.spec)
-    return Model(spec, Edited(inner.root, weights, store, (*inner.names, "quantize")), model.state)
+    # What lies between this edit and the root may need whole weights.
+    direct = lazy if fused and not inner.names else None
+    names = (*inner.names, "quantize")
+    return Model(spec, Edited(inner.root, weights, store, names, direct), model.state)
 
 
 def check_grid(grid: Grid, chosen: dict[str, Param], name: str) -> dict[str, Param]:
@@ -254,6 +273,15 @@ def _unpack(stored: dict[str, jax.Array], param: Param, grid: Grid) -> jax.Array
         return restored(Rounded(codes, stored["scale"], stored["zero"].astype(jnp.int32)), param)
     codes = codes - 8 if grid.bits == 4 else codes
     return restored(Rounded(codes, stored["scale"], None), param)
+
+
+def _stand_in(stored: dict[str, jax.Array], param: Param, grid: Grid) -> QuantizedMatrix:
+    codes, scale, matrix = stored["codes"], stored["scale"], as_matrix(param)
+    if grid.bits == 8:
+        codes = codes.reshape(matrix.shape)
+    dtype = param.dtype if scale.dtype == jnp.float32 else scale.dtype
+    sizes = param.shape[stack_depth(param) :]
+    return QuantizedMatrix(codes, scale, stored.get("zero"), grid.bits, sizes, jnp.dtype(dtype))
 
 
 def _refuse_nonfinite(values: PyTree, chosen: dict[str, Param]) -> None:

@@ -9,6 +9,7 @@ from fnml.train._fit import fit as fit
 from fnml.train._logbook import means as means
 from fnml.train._losses import accuracy as accuracy
 from fnml.train._losses import cross_entropy as cross_entropy
+from fnml.train._losses import linear_next_token as linear_next_token
 from fnml.train._losses import mse as mse
 from fnml.train._losses import next_token as next_token
 from fnml.train._optimizer import OptimizerConfig as OptimizerConfig

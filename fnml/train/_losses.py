@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from fnml.core import Mean, ShapeError
+from fnml.pallas_kernels import Implementation, linear_cross_entropy
 
 
 def _check_labels(logits: jax.Array, labels: jax.Array, weights: jax.Array | None) -> None:
@@ -87,6 +88,54 @@ def next_token(
     if mask is not None and mask.ndim == 1 and targets.ndim == 2:
         mask = jnp.broadcast_to(mask[:, None], (mask.shape[0], targets.shape[1]))
     return cross_entropy(logits, targets, weights=mask, label_smoothing=label_smoothing)
+
+
+def linear_next_token(
+    features: jax.Array,
+    kernel: jax.Array,
+    targets: jax.Array,
+    *,
+    mask: jax.Array | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    implementation: Implementation = "auto",
+) -> Mean:
+    """Average :func:`next_token` of the logits ``features @ kernel``, which are never all in memory.
+
+    Args:
+      features: ``[B, T, D]``, what the model's head reads.
+      kernel: ``[D, V]`` of the same dtype.
+      targets: ``[B, T]`` integers, the inputs shifted left by one.
+      mask: as in :func:`next_token`.
+      label_smoothing: see :func:`cross_entropy`.
+      z_loss: ``z``, to add ``z * log(Z) ** 2`` with Z the softmax' denominator.
+      implementation: see :func:`fnml.pallas_kernels.linear_cross_entropy`.
+
+    Law: equals ``next_token(features @ kernel, ...)`` to rounding, gradients included.
+
+    Raises:
+      ShapeError: shapes or dtypes do not fit; all of them are listed.
+
+    >>> import jax.numpy as jnp
+    >>> features, kernel = jnp.zeros((1, 3, 4)), jnp.ones((4, 8))
+    >>> float(linear_next_token(features, kernel, jnp.zeros((1, 3), jnp.int32)).value)
+    2.079441547393799
+    """
+    if mask is not None and mask.ndim == 1 and targets.ndim == 2:
+        mask = jnp.broadcast_to(mask[:, None], (mask.shape[0], targets.shape[1]))
+    try:
+        total, weight = linear_cross_entropy(
+            features,
+            kernel,
+            targets,
+            weights=None if mask is None else mask.astype(jnp.float32),
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            implementation=implementation,
+        )
+    except ValueError as error:
+        raise ShapeError(str(error)) from error
+    return Mean(total, weight)
 
 
 def accuracy(logits: jax.Array, labels: jax.Array, *, weights: jax.Array | None = None) -> Mean:

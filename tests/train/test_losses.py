@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fnml.core import ShapeError
-from fnml.train import accuracy, cross_entropy, mse, next_token
+from fnml.train import accuracy, cross_entropy, linear_next_token, mse, next_token
 
 
 def reference(logits, labels, weights, smoothing=0.0):
@@ -126,6 +126,41 @@ def test_next_token_averages_over_the_mask(seed, whole, smoothing):
         for s in (slice(0, 1), slice(1, 4))
     ]
     np.testing.assert_allclose((parts[0] + parts[1]).value, found.value, rtol=1e-5)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_linear_next_token_equals_next_token_of_the_logits(whole):
+    rng = np.random.default_rng(0)
+    features, kernel = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((4, 5, 3), (3, 7)))
+    targets = jnp.asarray(rng.integers(0, 7, (4, 5)), jnp.int32)
+    mask = jnp.asarray(rng.integers(0, 2, (4,) if whole else (4, 5)))
+
+    def fused(features, kernel, part):
+        return linear_next_token(
+            features, kernel, targets[part], mask=mask[part], label_smoothing=0.1
+        )
+
+    def plain(features, kernel, part):
+        logits = features @ kernel
+        return next_token(logits, targets[part], mask=mask[part], label_smoothing=0.1)
+
+    def mean_and_grads(loss):
+        def value(features, kernel):
+            return loss(features, kernel, slice(None)).value
+
+        return jax.value_and_grad(value, (0, 1))(features, kernel)
+
+    for got, want in zip(*map(jax.tree.leaves, map(mean_and_grads, (fused, plain))), strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-6)
+    parts = [fused(features[s], kernel, s) for s in (slice(0, 1), slice(1, 4))]
+    whole_mean = fused(features, kernel, slice(None))
+    assert float(whole_mean.weight) == float(sum(part.weight for part in parts))
+    np.testing.assert_allclose((parts[0] + parts[1]).value, whole_mean.value, rtol=1e-6)
+
+
+def test_linear_next_token_names_what_does_not_fit():
+    with pytest.raises(ShapeError, match=r"x float32 \(2, 3, 4\) and w float32 \(5, 8\).*labels"):
+        linear_next_token(jnp.zeros((2, 3, 4)), jnp.zeros((5, 8)), jnp.zeros((2, 2), jnp.int32))
 
 
 def test_accuracy_counts_with_weights_and_the_first_of_equal_logits_wins():

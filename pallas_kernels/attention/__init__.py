@@ -1,0 +1,3 @@
+"""Attention in tiles: causal, windowed, grouped, segmented, with bias, soft cap and dropout."""
+
+from fnml.pallas_kernels.attention._attention import attention as attention
