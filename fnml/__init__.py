@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from fnml import transforms as transforms
     from fnml.interop import from_linen as from_linen
     from fnml.interop import from_nnx as from_nnx
+    from fnml.interop import from_onnx as from_onnx
+    from fnml.interop import to_onnx as to_onnx
 
 __version__ = "0.1.0"
 
@@ -45,7 +47,7 @@ _PARTS = frozenset(
         "transforms",
     )
 )
-_FROM_PARTS = {"from_linen": "interop", "from_nnx": "interop"}
+_FROM_PARTS = dict.fromkeys(("from_linen", "from_nnx", "from_onnx", "to_onnx"), "interop")
 
 
 def __getattr__(name: str) -> Any:

@@ -18,6 +18,7 @@ from fnml.recipes import environment
 _CORE = ("flax", "orbax-checkpoint", "chex", "rich", "tyro", "safetensors", "flatbuffers")
 _EXTRAS = {
     "bpe": ("tokenizers", "train byte-pair tokens: fnml train lm --tokens bpe"),
+    "onnx": ("onnx", "read and write ONNX files: from_onnx, to_onnx, fnml export"),
     "tensorboard": ("tensorboard", "write TensorBoard event files"),
     "prometheus": ("prometheus_client", "serve metrics to Prometheus"),
     "notebooks": ("nbclient", "execute the notebooks"),

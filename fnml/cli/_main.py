@@ -25,11 +25,12 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "train": Command("train a recipe: digits (the default), lm, or a plugin's", "_train"),
+    "train": Command("train a recipe: digits (the default), lm, finetune, or a plugin's", "_train"),
     "resume": Command("continue a run that was stopped or killed, to the same bits", "_resume"),
-    "eval": Command("evaluate a run's model on its held-out set", "_eval"),
+    "eval": Command("evaluate a run's model on its held-out set, or an ONNX file", "_eval"),
     "sample": Command("draw from a run's model", "_sample"),
     "runs": Command("list runs, or compare some", "_runs"),
+    "export": Command("write a run's model as ONNX, and check the file", "_export"),
     "verify": Command(
         "check a run for damage, or kill runs on purpose: fnml verify crash", "_verify"
     ),

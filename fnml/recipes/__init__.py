@@ -4,6 +4,9 @@ from fnml.recipes._config_json import from_json as from_json
 from fnml.recipes._config_json import to_json as to_json
 from fnml.recipes._diff import Parting as Parting
 from fnml.recipes._diff import diff as diff
+from fnml.recipes._export import Exported as Exported
+from fnml.recipes._export import export_onnx as export_onnx
+from fnml.recipes._finetune import evaluate_onnx as evaluate_onnx
 from fnml.recipes._memory import keep_memory as keep_memory
 from fnml.recipes._plugins import Plugin as Plugin
 from fnml.recipes._plugins import find_recipe as find_recipe

@@ -122,6 +122,18 @@ def _loss_fn(config: DigitsConfig, model: Model, train: bool) -> Callable[..., A
     return loss_fn
 
 
+def _predictor(model: Model) -> Callable[..., jax.Array]:
+    """Return logits ``[B, 10]`` for images ``[B, 8, 8]`` as they are in the data set."""
+
+    def predict(params: PyTree, images: jax.Array, *, state: PyTree) -> jax.Array:
+        x = images.astype(jnp.float32)[..., None] / 16.0
+        if jax.tree.leaves(model.state):
+            return model.apply(params, x, state=state, train=False)[0]
+        return model.apply(params, x)
+
+    return predict
+
+
 def _sampler(model: Model, source: Any) -> Callable[[PyTree, PyTree, SampleConfig], str]:
     """Show held-out digits as text, with what the model takes them for."""
 
@@ -164,6 +176,7 @@ def _build(config: DigitsConfig, directory: Path | None) -> Task:
         held_out=lambda: epoch(held_out, HELD_OUT),
         best=("accuracy", "max"),
         sample=_sampler(model, held_out),
+        predict=_predictor(model),
     )
 
 

@@ -47,6 +47,8 @@ class LmConfig:
         vocab=256, width=128, layers=4, heads=4, context=128
     )
     """The GPT."""
+    balance: float = 0.01
+    """How much an uneven use of the experts adds to the training loss, with ``--experts``."""
     text: tuple[str, ...] = ()
     """Files to train on instead of the standard library's source."""
     tokens: Literal["bytes", "bpe"] = "bytes"
@@ -75,6 +77,26 @@ def _loss_fn(model: Model, lengths: np.ndarray) -> Callable[..., Any]:
         return loss.value, Metrics(loss.weight, {"nats_per_byte": Mean(loss.total, text.total)})
 
     return loss_fn
+
+
+def _balanced(model: Model, weight: float) -> Callable[..., Any]:
+    """Return a training loss that also asks for an even use of the experts."""
+
+    def loss_fn(params: PyTree, batch: PyTree, key: jax.Array | None) -> tuple[jax.Array, Metrics]:
+        logits, balance = model.apply(params, batch["tokens"], key=key, balance=True)
+        loss = next_token(logits, batch["targets"], mask=batch.get("mask"))
+        return loss.value + weight * balance.value, Metrics(loss.weight, {"balance": balance})
+
+    return loss_fn
+
+
+def _predictor(model: Model) -> Callable[..., jax.Array]:
+    """Return logits ``[B, T, V]`` for tokens ``[B, T]``."""
+
+    def predict(params: PyTree, tokens: jax.Array, *, state: PyTree) -> jax.Array:
+        return model.apply(params, tokens)
+
+    return predict
 
 
 def _spread(mask: jax.Array, targets: jax.Array) -> jax.Array:
@@ -138,13 +160,14 @@ def _build(config: LmConfig, directory: Path | None) -> Task:
     loss_fn = _loss_fn(model, tokenizer.lengths)
     return Task(
         model=model,
-        loss_fn=loss_fn,
+        loss_fn=loss_fn if config.model.experts is None else _balanced(model, config.balance),
         eval_loss_fn=loss_fn,
         train=Batches(train, config.run.batch_size, seed=config.run.seed),
         held_out=lambda: epoch(held_out, min(64, len(held_out))),
         best=("loss", "min"),
         sample=_sampler(config.model, tokenizer),
         files=files,
+        predict=_predictor(model),
     )
 
 

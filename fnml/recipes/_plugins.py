@@ -7,6 +7,7 @@ from fnml.core import ConfigError, nearest
 from fnml.recipes._recipe import Recipe
 
 GROUPS = ("fnml.recipes", "fnml.models", "fnml.sinks")
+_BUILT_IN = ("digits", "lm", "finetune")
 
 
 class Plugin(NamedTuple):
@@ -55,8 +56,8 @@ def load_plugin(group: str, name: str) -> Any:
 
 def recipe_names() -> list[str]:
     """Return the names of all recipes, built-in ones first."""
-    added = sorted({point.name for point in entry_points(group="fnml.recipes")} - {"digits", "lm"})
-    return ["digits", "lm", *added]
+    added = {point.name for point in entry_points(group="fnml.recipes")}
+    return [*_BUILT_IN, *sorted(added.difference(_BUILT_IN))]
 
 
 def find_recipe(name: str) -> Recipe:
@@ -77,6 +78,10 @@ def find_recipe(name: str) -> Recipe:
         from fnml.recipes._lm import lm
 
         return lm
+    if name == "finetune":
+        from fnml.recipes._finetune import finetune
+
+        return finetune
     names = recipe_names()
     if name not in names:
         raise ConfigError(

@@ -148,6 +148,11 @@ class Task(NamedTuple):
       best: the held-out metric that ranks checkpoints, and which way is better.
       sample: ``sample(params, model_state, config) -> text``, drawn from the trained model.
       files: small files the run directory has to keep, such as a tokenizer, by name.
+      predict: ``predict(params, *fields, state) -> outputs``, what is exported: the model on the
+        fields of a batch that its parameters are named by; ``None`` if there is no such thing.
+        ``params`` are those of the model before its edits (:func:`fnml.transforms.merge`).
+      start: ``start(key) -> params``, where training begins, the same for the same key; by default
+        ``init(model.spec, key)``.
     """
 
     model: Model
@@ -158,6 +163,8 @@ class Task(NamedTuple):
     best: tuple[str, Literal["min", "max"]]
     sample: Callable[[PyTree, PyTree, SampleConfig], str]
     files: Mapping[str, bytes] = {}
+    predict: Callable[..., PyTree] | None = None
+    start: Callable[[jax.Array], PyTree] | None = None
 
 
 class Recipe(NamedTuple):

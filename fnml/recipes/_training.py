@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import optax
 
 from fnml import transforms
 from fnml.core import CheckpointError, State, fold_name, init
@@ -36,11 +37,20 @@ def initial_state(task: Task, config: Any) -> State:
     """Draw the state before the first step."""
     init_key, run_key = jax.random.split(jax.random.key(config.run.seed))
     return State.create(
-        init(task.model.spec, init_key),
-        optimizer(config.optimizer, config.run.steps),
+        init(task.model.spec, init_key) if task.start is None else task.start(init_key),
+        _optimizer(task, config),
         run_key,
         init(task.model.state, fold_name(init_key, "state")),
     )
+
+
+def _partly_frozen(task: Task) -> bool:
+    return not all(jax.tree.leaves(transforms.trainable(task.model)))
+
+
+def _optimizer(task: Task, config: Any) -> optax.GradientTransformation:
+    rule = optimizer(config.optimizer, config.run.steps)
+    return transforms.train_only(rule, task.model) if _partly_frozen(task) else rule
 
 
 def abstract_state(task: Task, config: Any) -> State:
@@ -68,13 +78,16 @@ def make_step(task: Task, config: Any) -> Any:
     run, loss_fn = config.run, task.loss_fn
     if run.remat != "off":
         loss_fn = transforms.remat(loss_fn, run.remat)
-    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+    if _partly_frozen(task):
+        grad_fn = transforms.trainable_value_and_grad(loss_fn, task.model)
+    else:
+        grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
     devices = mesh(run.devices)
     if run.accumulate > run.devices:
         grad_fn = transforms.accumulate(grad_fn, run.accumulate // run.devices)
     if devices is not None:
         grad_fn = transforms.data_parallel(grad_fn, devices)
-    step = train_step(grad_fn, optimizer(config.optimizer, run.steps))
+    step = train_step(grad_fn, _optimizer(task, config))
     if devices is None:
         return step
     everywhere = jax.NamedSharding(devices, jax.P())

@@ -74,7 +74,7 @@ def explained(out):
     return found
 
 
-@pytest.mark.parametrize("name", ["digits", "lm"])
+@pytest.mark.parametrize("name", ["digits", "lm", "finetune"])
 def test_a_recipes_help_explains_every_option(call, name):
     code, out, err = call("train", name, "--help")
     assert (code, err) == (0, "")
@@ -87,7 +87,7 @@ def test_a_recipes_help_explains_every_option(call, name):
     assert find_recipe(name).summary in " ".join(re.sub("│", "", out).split())
 
 
-@pytest.mark.parametrize("name", ["digits", "lm"])
+@pytest.mark.parametrize("name", ["digits", "lm", "finetune"])
 def test_train_help_lists_the_recipes(call, name):
     for flag in ("-h", "--help"):
         code, out, err = call("train", flag)
@@ -99,7 +99,8 @@ def test_train_help_lists_the_recipes(call, name):
     ("command", "words"),
     [
         ("resume", ["The run directory.", "--devices"]),
-        ("eval", ["The run directory.", "--step", "by default the newest"]),
+        ("eval", ["The run directory.", "--step", "by default the newest", "--data", "--loss"]),
+        ("export", ["The run directory.", "--to", "--opset", "--dynamic"]),
         ("sample", ["The run directory.", "--step", *options_of(SampleConfig)]),
         ("runs", ["Run directories to compare"]),
         ("verify", ["Check every file", "fnml verify crash RECIPE"]),
@@ -119,7 +120,7 @@ def test_every_other_command_has_help(call, command, words):
 
 
 def test_every_command_is_covered_here():
-    using = {"train", "resume", "eval", "sample", "runs"}
+    using = {"train", "resume", "eval", "sample", "export", "runs"}
     using |= {"verify", "replay", "diff"}
     assert set(COMMANDS) == using | {"laws", "check", "doctor", "plugins"}
 

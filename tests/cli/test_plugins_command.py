@@ -178,7 +178,7 @@ def test_a_plugins_recipe_has_a_place_in_the_help(good, tmp_path):
     )
     done = fnml("train", "lien", path=[good], cwd=tmp_path)
     assert done.returncode == 1
-    assert "Did you mean 'line'? There are: digits, lm, line" in done.stderr
+    assert "Did you mean 'line'? There are: digits, lm, finetune, line" in done.stderr
 
 
 def test_a_plugins_recipe_trains_and_its_sink_gets_every_row(trained):

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+import onnx_seeds
 
 from fnml import recipes
 from fnml.checkpoint import (
@@ -409,6 +410,7 @@ def readers(folder: Path) -> dict[str, Reader]:
         "forged": Reader([(name, step) for name in step if name != manifest], BYTES, _read_forged),
         "run": Reader([(name, run) for name in run], BYTES, _scan_run),
         "tokenizer": Reader([("bpe.json", {"bpe.json": bpe})], json_spoils, _read_tokenizer),
+        "onnx": Reader(onnx_seeds.seeds(), (*BYTES, *[onnx_seeds.field] * 10), onnx_seeds.read),
     }
 
 

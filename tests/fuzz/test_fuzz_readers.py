@@ -15,7 +15,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 
 NAMES = (
     "safetensors", "npz", "torch", "tokens", "config", "result", "jsonl", "csv", "manifest",
-    "forged", "run", "tokenizer",
+    "forged", "run", "tokenizer", "onnx",
 )  # fmt: skip
 COUNT = 200
 

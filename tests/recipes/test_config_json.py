@@ -14,6 +14,7 @@ from fnml.core import ConfigError
 from fnml.models import CNNConfig, GPTConfig, MLPConfig
 from fnml.recipes import FLAT, Output, RunConfig, SampleConfig, find_recipe, from_json, to_json
 from fnml.recipes._digits import DigitsConfig
+from fnml.recipes._finetune import FinetuneConfig
 from fnml.recipes._lm import LmConfig
 from fnml.train import OptimizerConfig
 
@@ -80,6 +81,17 @@ recipes = {
         ),
         text=st.lists(st.text(), max_size=3).map(tuple),
         tokens=st.just("bpe"),
+    ),
+    "finetune": st.builds(
+        FinetuneConfig,
+        run=runs,
+        optimizer=optimizers,
+        onnx=st.text(),
+        data=st.text(),
+        loss=st.sampled_from(["cross_entropy", "mse"]),
+        lora=positive,
+        quantize=st.sampled_from([0, 4, 8]),
+        targets=st.lists(st.text(), max_size=3).map(tuple),
     ),
 }
 

@@ -132,6 +132,17 @@ def test_dropout_is_drawn_with_a_key_only(text, built):
     assert losses[3] == float(jax.jit(plain.loss_fn)(params, batch, None)[0])
 
 
+def test_with_experts_training_asks_for_an_even_use_and_evaluation_does_not(text):
+    config = config_of(text, model=dataclasses.replace(SMALL, experts=4), balance=0.5)
+    task = find_recipe("lm").build(config, None)
+    params, batch = init(task.model.spec, jax.random.key(0)), task.train.at(0)
+    loss, metrics = jax.jit(task.loss_fn)(params, batch, None)
+    held_out, _ = jax.jit(task.eval_loss_fn)(params, batch, None)
+    balance = float(metrics.values["balance"].value)
+    assert balance >= 1.0
+    np.testing.assert_allclose(float(loss), float(held_out) + 0.5 * balance, rtol=1e-6)
+
+
 def drawn(built, **fields):
     task, params = built
     return task.sample(params, (), SampleConfig(**fields))
