@@ -25,7 +25,9 @@ def _outcomes(kind):
         if number % _CHUNK == 0:
             jax.clear_caches()
         try:
-            onnx_backend.run(case)
+            # Compiled whole, XLA:CPU now and then makes NaN of test_resnet50 alone, where a mean
+            # over the last convolution's output is fused; operation by operation it never did.
+            onnx_backend.run(case, compiled=kind != "real")
         except Exception as error:  # noqa: BLE001 - whatever it is, the case fails
             found.append((case, f"{type(error).__name__}: {str(error).strip()[:300]}"))
         else:
