@@ -1,16 +1,7 @@
 """What the kernels compute and move."""
 
-from typing import NamedTuple
-
+from fnml.pallas_kernels._cost import Cost
 from fnml.pallas_kernels.attention._tiles import Plan
-
-
-class Cost(NamedTuple):
-    """Operations and bytes of memory traffic of one call."""
-
-    flops: int
-    bytes_accessed: int
-    transcendentals: int
 
 
 def pairs(plan: Plan, T: int, S: int) -> int:

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from fnml.pallas_kernels._cost import Cost
 from fnml.pallas_kernels.attention._blocks import tpu_blocks
-from fnml.pallas_kernels.attention._cost import Cost, cost
+from fnml.pallas_kernels.attention._cost import cost
 from fnml.pallas_kernels.attention._tiles import Extras, Plan, through_cap
 from fnml.pallas_kernels.attention._tpu_tiles import (
     Layout,

@@ -11,7 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from fnml.pallas_kernels._compiler import tpu_params
-from fnml.pallas_kernels.attention._cost import Cost
+from fnml.pallas_kernels._cost import Cost
 from fnml.pallas_kernels.attention._tiles import (
     HIDDEN,
     Extras,
@@ -78,6 +78,7 @@ class Layout(NamedTuple):
 
 
 def tile_layout(plan: Plan, q: jax.Array, k: jax.Array, block_q: int, block_k: int) -> Layout:
+    """Cut q [B, T, H, D] and k [B, S, K, D] into tiles of at most so many rows, in whole lanes."""
     T, H = q.shape[1:3]
     S, K = k.shape[1:3]
     block_q, block_k = min(block_q, _round_up(T, 128)), min(block_k, _round_up(S, 128))
@@ -90,6 +91,7 @@ def _round_up(n: int, to: int) -> int:
 
 
 def pad(x: jax.Array, axis: int, size: int, value: Any = 0) -> jax.Array:
+    """Fill an axis up behind its end to ``size`` with ``value``."""
     widths = [(0, 0, 0)] * x.ndim
     widths[axis] = (0, size - x.shape[axis], 0)
     return lax.pad(x, jnp.asarray(value, x.dtype), widths)
@@ -101,6 +103,7 @@ def heads_first(x: jax.Array, size: int) -> jax.Array:
 
 
 def dot(a: jax.Array, b: jax.Array, over_a: int, over_b: int) -> jax.Array:
+    """Multiply two tiles over one axis of each, in float32 to its full precision."""
     exact = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
     return lax.dot_general(
         a,

@@ -1,14 +1,6 @@
 """What the kernels compute and move."""
 
-from typing import NamedTuple
-
-
-class Cost(NamedTuple):
-    """Operations and bytes of memory traffic of one call."""
-
-    flops: int
-    bytes_accessed: int
-    transcendentals: int
+from fnml.pallas_kernels._cost import Cost
 
 
 def cost(products: int, N: int, D: int, V: int, itemsize: int, tokens: int) -> Cost:
