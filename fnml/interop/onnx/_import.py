@@ -56,8 +56,9 @@ def from_onnx(
     returns its output, or a tuple of them. It can be compiled, differentiated and vmapped.
     ``model.apply.inputs`` and ``.outputs`` tell names, dtypes and (symbolic) dimensions.
 
-    Parameters are the float initializers of rank 1 and more and the float Constants of more than
-    one number, also those in subgraphs and functions; sizes and scales that decide shapes are not.
+    Parameters are the float initializers of rank 1 and more, the float Constants of more than one
+    number and the kernels of layers that ``ConstantOfShape`` fills, also those in subgraphs and
+    functions; sizes and scales that decide shapes are not.
     They form nested dicts: a name is split at ``/`` (else at ``.``) where that is unambiguous. All
     else of the file is constant: what follows from constants and from shapes is computed while
     tracing.

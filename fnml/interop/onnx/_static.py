@@ -12,13 +12,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.export import is_symbolic_dim
 
 from fnml.core import ShapeError
 from fnml.interop.onnx._dtypes import is_float, narrow, widest
 from fnml.interop.onnx._node import Node
 
 # A file of a few bytes could otherwise ask for any amount of memory.
-_MOST_ELEMENTS = 2**28
+MOST_ELEMENTS = 2**28
 
 
 def is_static(*values: Any) -> bool:
@@ -132,7 +133,8 @@ def checked(node: Node, shape: Sequence[int]) -> tuple[int, ...]:
     Raises:
       ShapeError: a size is negative, or there would be more than 2^28 elements.
     """
-    shape = tuple(int(size) for size in shape)
-    if any(size < 0 for size in shape) or math.prod(shape) > _MOST_ELEMENTS:
+    shape = tuple(size if is_symbolic_dim(size) else int(size) for size in shape)
+    known = [size for size in shape if isinstance(size, int)]
+    if any(size < 0 for size in known) or math.prod(known) > MOST_ELEMENTS:
         raise ShapeError(f"{where_is(node)}: would make an array of shape {list(shape)}")
     return shape

@@ -7,7 +7,7 @@ import pytest
 from exported import assert_near, check, host, ops, run, same
 
 from fnml.core import init
-from fnml.interop.onnx import to_onnx
+from fnml.interop.onnx import from_onnx, to_onnx
 from fnml.models import (
     CNNConfig,
     GPTConfig,
@@ -105,6 +105,16 @@ def test_gpt_of_symbolic_batch_and_length() -> None:
         tokens = jax.random.randint(KEY, shape, 0, GPT.vocab)
         [got] = run(file, tokens)
         assert_near(got, np.asarray(model.apply(params, tokens)), 1e-5, str(shape))
+
+
+def test_an_imported_gpt_is_exported_again_with_an_open_batch() -> None:
+    model = gpt(GPT)
+    file = to_onnx(model, TOKENS, params=init(model.spec, KEY), dynamic=f"B, {TOKENS.shape[1]}")
+    imported, params = from_onnx(file)
+    again = to_onnx(imported, TOKENS, params=params, dynamic=f"B, {TOKENS.shape[1]}")
+    tokens = jax.random.randint(KEY, (5, TOKENS.shape[1]), 0, GPT.vocab)
+    [got], [expected] = run(check(again), tokens), run(file, tokens)
+    assert_near(got, expected, 1e-5)
 
 
 def test_gpt_decodes_with_its_cache() -> None:

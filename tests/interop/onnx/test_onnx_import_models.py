@@ -335,3 +335,89 @@ def test_a_depthwise_convolution_has_the_values_and_gradients_of_a_grouped_one()
     for a, b in zip(pull(got), pull_expected(got), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(got, _reference(proto, [np.asarray(x)])[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("written", [constant, tensor])
+def test_filled_weights_are_parameters(written):
+    # Left a constant, XLA sums such a layer's rectified output to 0 on a CPU.
+    sizes = written("sizes", [1000, 512, 1, 1], np.int64)
+    fill = helper.make_node("ConstantOfShape", ["sizes"], ["w"], value=tensor("", [0.5]))
+    nodes = [
+        fill,
+        helper.make_node("Conv", ["x", "w", "b"], ["c"]),
+        helper.make_node("Relu", ["c"], ["r"]),
+        helper.make_node("GlobalAveragePool", ["r"], ["y"]),
+    ]
+    own = [tensor("b", np.full(1000, 0.5))]
+    nodes, own = ([sizes, *nodes], own) if written is constant else (nodes, [sizes, *own])
+    ports = [port("x", [1, 512, 13, 13])], [port("y", [1, 1000, 1, 1])]
+    imported, params = from_onnx(model(nodes, *ports, own))
+    assert sorted(leaf_names(params)) == ["b", "w"] and float(params["w"].min()) == 0.5
+    x = np.abs(draw(1, 512, 13, 13))
+    expected = 0.5 * x.astype(np.float64).sum(1).mean() + 0.5
+    got = jax.jit(imported.apply)(params, x)
+    np.testing.assert_allclose(got, np.full((1, 1000, 1, 1), expected), rtol=1e-6)
+
+
+def test_filled_arrays_that_are_no_weights_are_no_parameters():
+    fill = helper.make_node("ConstantOfShape", ["sizes"], ["h"], value=tensor("", [2.0]))
+    add = helper.make_node("Add", ["x", "h"], ["y"])
+    ports = [port("x", [3, 4])], [port("y", [3, 4])]
+    imported, params = from_onnx(model([fill, add], *ports, [tensor("sizes", [3, 4], np.int64)]))
+    assert jax.tree.leaves(params) == []
+    np.testing.assert_array_equal(imported.apply(params, np.ones((3, 4), np.float32)), 3.0)
+
+
+def test_softmax_of_products_in_the_billions_is_one():
+    # 2^33 / 169 is no float32: the product that is subtracted from itself leaves 293 unrounded.
+    nodes = [
+        helper.make_node("Mul", ["x", "c"], ["p"]),
+        helper.make_node("Softmax", ["p"], ["y"], axis=1),
+    ]
+    proto = model(
+        nodes, [port("x", [1, 1000])], [port("y", [1, 1000])], [tensor("c", np.float32(1 / 169))]
+    )
+    imported, params = from_onnx(proto)
+    x = np.linspace(1, 2, 7, dtype=np.float32)[:, None, None] * np.full((1, 1000), 1.6e12)
+    for row in x.astype(np.float32):
+        np.testing.assert_allclose(jax.jit(imported.apply)(params, row), 1e-3, rtol=1e-6)
+
+
+def test_softmax_has_the_values_and_derivatives_of_jax():
+    proto = model(
+        [helper.make_node("Softmax", ["x"], ["y"], axis=0)],
+        [port("x", [5, 3])],
+        [port("y", [5, 3])],
+    )
+    imported, params = from_onnx(proto)
+    x, direction = jnp.asarray(draw(5, 3)), jnp.asarray(draw(5, 3, seed=1))
+
+    def ours(x):
+        return imported.apply(params, x)
+
+    def theirs(x):
+        return jax.nn.softmax(x, 0)
+
+    for mine, reference in (
+        (jax.jvp(ours, (x,), (direction,)), jax.jvp(theirs, (x,), (direction,))),
+        (jax.jacrev(jax.jacfwd(ours))(x), jax.jacrev(jax.jacfwd(theirs))(x)),
+    ):
+        for a, b in zip(jax.tree.leaves(mine), jax.tree.leaves(reference), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+    odd = jnp.array([[1.0, -jnp.inf, 0], [jnp.inf, -jnp.inf, jnp.nan], *[[0.0, -jnp.inf, 1]] * 3])
+    np.testing.assert_array_equal(jnp.isnan(ours(odd)), jnp.isnan(theirs(odd)))
+
+
+def test_parameters_of_one_name_in_two_branches_are_two():
+    def branch(name, value):
+        nodes = [helper.make_node("Add", ["x", "w"], [name])]
+        return helper.make_graph(nodes, name, [], [port(name, [2])], [tensor("w", value)])
+
+    branches = {"then_branch": branch("a", [1, 2]), "else_branch": branch("b", [3, 4])}
+    node = helper.make_node("If", ["c"], ["y"], name="pick", **branches)
+    proto = model([node], [port("x", [2]), port("c", [], BOOL)], [port("y", [2])])
+    imported, params = from_onnx(proto)
+    assert leaf_names(params) == ["pick/then_branch/w", "w"]
+    for chosen, expected in ((True, [1, 2]), (False, [3, 4])):
+        got = imported.apply(params, np.zeros(2, np.float32), np.array(chosen))
+        np.testing.assert_array_equal(got, np.float32(expected))
