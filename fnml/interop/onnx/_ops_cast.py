@@ -10,6 +10,7 @@ from jax import lax
 
 from fnml.interop.onnx._dtypes import DTYPES, canonical, is_float, is_integer
 from fnml.interop.onnx._node import Node, Operator
+from fnml.interop.onnx._static import is_symbolic
 
 _FLOAT8 = {DTYPES[code] for code in (17, 18, 19, 20)}
 _E8M0 = DTYPES[24]
@@ -30,6 +31,10 @@ def convert(x: Any, dtype: Any, saturate: bool = True, round_mode: str = "up") -
     [448.0, -3.0]
     """
     dtype = np.dtype(dtype)
+    if is_symbolic(x):
+        if is_integer(dtype):
+            return x
+        x = jnp.stack([jnp.asarray(size) for size in x.flat]).reshape(x.shape)
     known = isinstance(x, np.ndarray)
     xp = np if known else jnp
     if known and dtype == _TEXT:

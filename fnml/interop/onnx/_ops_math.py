@@ -9,7 +9,7 @@ from jax import lax
 
 from fnml.interop.onnx._dtypes import is_float, is_integer, widest
 from fnml.interop.onnx._node import Node, Operator
-from fnml.interop.onnx._static import align, axis_of, is_static, namespace, traced
+from fnml.interop.onnx._static import align, axis_of, is_static, is_symbolic, namespace, traced
 
 
 def old_broadcast(node: Node, a: Any, b: Any) -> Any:
@@ -44,6 +44,8 @@ def unary(function: Callable[[Any], Any], known: Callable[[Any], Any] | None = N
 
 
 def _divide(xp: Any, a: Any, b: Any) -> Any:
+    if is_symbolic(a) or is_symbolic(b):
+        return a // b  # sizes are not negative
     if not is_integer(a.dtype):
         return a / b
     if xp is jnp:

@@ -15,12 +15,17 @@ from fnml.interop.onnx._static import (
     axis_of,
     checked,
     is_static,
+    is_symbolic,
     namespace,
+    size_array,
     static,
     static_ints,
     traced,
     where_is,
 )
+
+# Files cut "to the end" at numbers of this size and more.
+_FAR = 10**9
 
 
 def _from_attribute_or_input(
@@ -33,13 +38,13 @@ def _from_attribute_or_input(
 
 
 def _reshape(node: Node, x: Any, shape: Any = None) -> Any:
-    sizes = list(_from_attribute_or_input(node, "shape", 5, 1, shape) or ())
+    wanted = list(_from_attribute_or_input(node, "shape", 5, 1, shape) or ())
     if not node.attributes.get("allowzero", 0):
-        sizes = [x.shape[i] if size == 0 and i < x.ndim else size for i, size in enumerate(sizes)]
-    if sizes.count(-1) == 1:
-        rest = math.prod(size for size in sizes if size != -1)
-        sizes[sizes.index(-1)] = x.size // rest if rest else 0
-    return x.reshape(checked(node, sizes))
+        wanted = [x.shape[i] if size == 0 and i < x.ndim else size for i, size in enumerate(wanted)]
+    if wanted.count(-1) == 1:
+        rest = math.prod(size for size in wanted if size != -1)
+        wanted[wanted.index(-1)] = x.size // rest if rest else 0
+    return x.reshape(checked(node, wanted))
 
 
 def _flatten(node: Node, x: Any) -> Any:
@@ -70,8 +75,13 @@ def _unsqueeze(node: Node, x: Any, axes: Any = None) -> Any:
 
 
 def _expand(node: Node, x: Any, shape: Any) -> Any:
-    sizes = np.broadcast_shapes(x.shape, static_ints(node, 1, shape))
-    return namespace(x).broadcast_to(x, checked(node, sizes))
+    wanted = checked(node, jnp.broadcast_shapes(x.shape, static_ints(node, 1, shape)))
+    return _broadcast(x, wanted)
+
+
+def _broadcast(x: Any, shape: tuple[Any, ...]) -> Any:
+    symbolic = not all(isinstance(size, int) for size in shape)
+    return (jnp if symbolic else namespace(x)).broadcast_to(x, shape)
 
 
 def _tile(node: Node, x: Any, repeats: Any, axis: Any = None) -> Any:
@@ -117,7 +127,7 @@ def _slice(
     for low, high, axis, step in zip(begin, end, chosen, stride, strict=True):
         place = axis_of(node, axis, x.ndim)
         cuts[place] = _cut(low, high, step, x.shape[place])
-    if is_static(x):
+    if is_static(x) or not all(isinstance(size, int) for size in x.shape):
         return x[tuple(cuts)]
     turned = [i for i, cut in enumerate(cuts) if cut.step is not None and cut.step < 0]
     ranges = [range(*cut.indices(size)) for cut, size in zip(cuts, x.shape, strict=True)]
@@ -132,6 +142,8 @@ def _slice(
 
 
 def _cut(low: int, high: int, step: int, size: int) -> slice:
+    if not isinstance(size, int) and step > 0:
+        return slice(_symbolic_end(low, size), _symbolic_end(high, size), step)
     low = low + size if low < 0 else low
     high = high + size if high < 0 else high
     if step > 0:
@@ -140,12 +152,19 @@ def _cut(low: int, high: int, step: int, size: int) -> slice:
     return slice(low, None if high < 0 else high, step)
 
 
+def _symbolic_end(end: Any, size: Any) -> Any:
+    """Return where a cut of an axis of symbolic size begins or ends; the axis is long enough."""
+    if not isinstance(end, int):
+        return end
+    return size if end >= _FAR else size + end if end < 0 else end
+
+
 def _shape(node: Node, x: Any) -> Any:
-    return np.array(x.shape[node.attributes.get("start", 0) : node.attributes.get("end")], np.int64)
+    return size_array(x.shape[node.attributes.get("start", 0) : node.attributes.get("end")])
 
 
 def _size(node: Node, x: Any) -> Any:
-    return np.array(math.prod(x.shape), np.int64)
+    return size_array(math.prod(x.shape))
 
 
 def _identity(node: Node, x: Any) -> Any:
@@ -182,11 +201,13 @@ def _pad(node: Node, x: Any, pads: Any = None, value: Any = None, axes: Any = No
 
 def _constant_of_shape(node: Node, shape: Any) -> Any:
     value = node.attributes.get("value", np.zeros(1, np.float32))
-    return np.broadcast_to(value.reshape(()), checked(node, static_ints(node, 0, shape)))
+    return _broadcast(value.reshape(()), checked(node, static_ints(node, 0, shape)))
 
 
 def _range(node: Node, start: Any, limit: Any, delta: Any) -> Any:
     low, high, step = (static(node, i, v).item() for i, v in enumerate((start, limit, delta)))
+    if any(map(is_symbolic, (start, limit, delta))):
+        return jnp.arange(low, high, step)
     count = max(math.ceil((high - low) / step), 0)
     checked(node, (count,))
     return (low + step * np.arange(count)).astype(start.dtype)

@@ -10,7 +10,7 @@ import numpy as np
 
 from fnml.core import ConfigError, FnmlError, ShapeError, fold_name
 from fnml.interop.onnx._node import Graph, Node, Outer, Step
-from fnml.interop.onnx._static import is_static, where_is
+from fnml.interop.onnx._static import is_static, is_symbolic, where_is
 
 
 class Call(NamedTuple):
@@ -95,6 +95,10 @@ def _outer(node: Node, call: Call, values: ChainMap[str, Any]) -> Outer:
 def _compute(step: Step, node: Node, inputs: list[Any]) -> tuple[Any, ...]:
     try:
         with np.errstate(all="ignore"):
+            if step.folds and any(map(is_symbolic, inputs)):
+                results = step.operator(node, *inputs)
+                results = results if isinstance(results, tuple) else (results,)
+                return tuple(_known(x) if is_static(x) else x for x in results)
             if step.folds and is_static(*inputs):
                 # Known values keep 64 bit: shapes and indices are computed in it.
                 with jax.enable_x64(True), jax.ensure_compile_time_eval():
@@ -116,7 +120,12 @@ def _compute(step: Step, node: Node, inputs: list[Any]) -> tuple[Any, ...]:
 def _known(value: Any) -> Any:
     if isinstance(value, list):
         return [_known(v) for v in value]
-    return value if value is None else np.asarray(value)
+    if value is None:
+        return None
+    value = np.asarray(value)
+    # What is taken from symbolic sizes may be plain numbers.
+    numbers = value.dtype == object and all(type(x) is int for x in value.flat)
+    return value.astype(np.int64) if numbers and value.size else value
 
 
 def _shapes(values: Sequence[Any]) -> str:

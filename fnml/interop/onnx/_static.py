@@ -15,7 +15,7 @@ import numpy as np
 from jax.export import is_symbolic_dim
 
 from fnml.core import ShapeError
-from fnml.interop.onnx._dtypes import is_float, narrow, widest
+from fnml.interop.onnx._dtypes import canonical, is_float, narrow, widest
 from fnml.interop.onnx._node import Node
 
 # A file of a few bytes could otherwise ask for any amount of memory.
@@ -66,8 +66,27 @@ def static(node: Node, which: int | str, value: Any) -> np.ndarray:
 
 
 def static_ints(node: Node, which: int | str, value: Any) -> tuple[int, ...]:
-    """Return a value that has to be known at trace time as a tuple of ints, from any rank."""
-    return tuple(int(x) for x in np.ravel(static(node, which, value)))
+    """Return a value that has to be known at trace time as a tuple of ints, from any rank.
+
+    Among them may be symbolic sizes, where the model is traced for export.
+    """
+    return tuple(_size(x) for x in np.ravel(static(node, which, value)))
+
+
+def _size(size: Any) -> Any:
+    return size if is_symbolic_dim(size) else int(size)
+
+
+def size_array(values: Any) -> np.ndarray:
+    """Return sizes as an array: int64, or of Python objects where one of them is symbolic."""
+    found = np.asarray(values, object)
+    return found if any(map(is_symbolic_dim, found.flat)) else found.astype(np.int64)
+
+
+def is_symbolic(value: Any) -> bool:
+    """Tell whether a value is an array of sizes of which one is symbolic."""
+    objects = isinstance(value, np.ndarray) and value.dtype == object
+    return objects and any(map(is_symbolic_dim, value.flat))
 
 
 def put(array: np.ndarray) -> jax.Array:
@@ -86,6 +105,9 @@ def traced(node: Node, *values: Any) -> tuple[Any, ...]:
     def one(value: Any) -> Any:
         if not isinstance(value, np.ndarray):
             return value
+        if is_symbolic(value):
+            rows = [jnp.asarray(size) for size in value.flat]
+            return jnp.stack(rows).astype(canonical(np.int64)).reshape(value.shape)
         if value.dtype == object:
             raise ShapeError(f"{where_is(node)}: strings have to be known at trace time")
         return put(narrow(value, where_is(node)))
@@ -133,7 +155,7 @@ def checked(node: Node, shape: Sequence[int]) -> tuple[int, ...]:
     Raises:
       ShapeError: a size is negative, or there would be more than 2^28 elements.
     """
-    shape = tuple(size if is_symbolic_dim(size) else int(size) for size in shape)
+    shape = tuple(map(_size, shape))
     known = [size for size in shape if isinstance(size, int)]
     if any(size < 0 for size in known) or math.prod(known) > MOST_ELEMENTS:
         raise ShapeError(f"{where_is(node)}: would make an array of shape {list(shape)}")

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from exported import assert_near, check, host, ops, run, same
+from onnx import TensorProto, helper, numpy_helper
 
 from fnml.core import init
 from fnml.interop.onnx import from_onnx, to_onnx
@@ -107,14 +108,46 @@ def test_gpt_of_symbolic_batch_and_length() -> None:
         assert_near(got, np.asarray(model.apply(params, tokens)), 1e-5, str(shape))
 
 
-def test_an_imported_gpt_is_exported_again_with_an_open_batch() -> None:
+def test_an_imported_gpt_is_exported_again_with_open_sizes() -> None:
     model = gpt(GPT)
-    file = to_onnx(model, TOKENS, params=init(model.spec, KEY), dynamic=f"B, {TOKENS.shape[1]}")
+    options = {"dynamic": "B, T", "constraints": (f"T <= {GPT.context}",)}
+    file = to_onnx(model, TOKENS, params=init(model.spec, KEY), **options)
     imported, params = from_onnx(file)
-    again = to_onnx(imported, TOKENS, params=params, dynamic=f"B, {TOKENS.shape[1]}")
-    tokens = jax.random.randint(KEY, (5, TOKENS.shape[1]), 0, GPT.vocab)
-    [got], [expected] = run(check(again), tokens), run(file, tokens)
-    assert_near(got, expected, 1e-5)
+    again = check(to_onnx(imported, TOKENS, params=params, **options))
+    for shape in ((5, 7), (1, 16)):
+        tokens = jax.random.randint(KEY, shape, 0, GPT.vocab)
+        [got], [expected] = run(again, tokens), run(file, tokens)
+        assert_near(got, expected, 1e-5, str(shape))
+
+
+def test_shape_arithmetic_of_a_file_stays_symbolic() -> None:
+    nodes = [
+        helper.make_node("Shape", ["x"], ["shape"]),
+        helper.make_node("Gather", ["shape", "zero"], ["rows"]),
+        helper.make_node("Gather", ["shape", "one"], ["columns"]),
+        helper.make_node("Div", ["columns", "two"], ["half"]),  # known, beside what is not
+        helper.make_node("Mul", ["rows", "two"], ["twice"]),
+        helper.make_node("Concat", ["twice", "half"], ["wanted"], axis=0),
+        helper.make_node("Reshape", ["x", "wanted"], ["r"]),
+        helper.make_node("Slice", ["r", "one", "far", "zero"], ["s"]),
+        helper.make_node("Cast", ["rows"], ["count"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", ["s", "count"], ["y"]),
+    ]
+    numbers = {"zero": 0, "one": 1, "two": 2, "far": 2**63 - 1}
+    own = [numpy_helper.from_array(np.array([v], np.int64), k) for k, v in numbers.items()]
+    ports = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, [None, width])
+        for name, width in (("x", 6), ("y", 3))
+    ]
+    graph = helper.make_graph(nodes, "shapes", ports[:1], ports[1:], own)
+    imported, params = from_onnx(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    )
+    file = check(to_onnx(imported, np.ones((2, 6), np.float32), params=params, dynamic="B, _"))
+    for rows in (1, 4):
+        x = np.random.default_rng(0).normal(size=(rows, 6)).astype(np.float32)
+        [got] = run(file, x)
+        np.testing.assert_allclose(got, x.reshape(2 * rows, 3)[1:] * rows, rtol=1e-6)
 
 
 def test_gpt_decodes_with_its_cache() -> None:
