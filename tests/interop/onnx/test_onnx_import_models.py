@@ -421,3 +421,24 @@ def test_parameters_of_one_name_in_two_branches_are_two():
     for chosen, expected in ((True, [1, 2]), (False, [3, 4])):
         got = imported.apply(params, np.zeros(2, np.float32), np.array(chosen))
         np.testing.assert_array_equal(got, np.float32(expected))
+
+
+@pytest.mark.parametrize("strides", [[1, 1], [2, 3]])
+def test_a_convolution_of_one_place_has_the_values_and_gradients_of_jax(strides):
+    node = helper.make_node("Conv", ["x", "w"], ["y"], strides=strides)
+    proto = model(
+        [node],
+        [port("x", [2, 4, 9, 8])],
+        [port("y", ["b", "c", "h", "w"])],
+        [tensor("w", draw(5, 4, 1, 1, seed=1))],
+    )
+    imported, params = from_onnx(proto)
+    x = jnp.asarray(draw(2, 4, 9, 8))
+    got, pull = jax.vjp(lambda w, x: imported.apply({"w": w}, x), params["w"], x)
+    expected, expected_pull = jax.vjp(
+        lambda w, x: lax.conv_general_dilated(x, w, strides, "VALID"), params["w"], x
+    )
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+    for a, b in zip(pull(got), expected_pull(got), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(got, _reference(proto, [np.asarray(x)])[0], rtol=1e-5, atol=1e-5)
