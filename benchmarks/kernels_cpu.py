@@ -14,12 +14,13 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich import print
+from report import report
 from rich.table import Table
 from turns import turns
 
@@ -162,7 +163,9 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--torch", default=os.environ.get("FNML_TORCH_PYTHON"))
+    parser.add_argument("--json", type=Path, help="where to write the table and the machine")
     options = parser.parse_args()
+    tables = {}
     process = torch_process(options.torch) if options.torch else None
     for name in options.tables or TABLES:
         table = Table("problem", "contestant", "ms", "times ours", "temporaries, MiB")
@@ -182,7 +185,8 @@ def main() -> None:
                 print(found.name, key, *cells, file=sys.stderr)
                 table.add_row(found.name, key, *cells)
             table.add_section()
-        print(table)
+        tables[name] = table
+    report(tables, options.json)
     if process is not None:
         process.stdin.close()
         process.wait()

@@ -13,6 +13,8 @@ from fnml.models._cnn import cnn as cnn
 from fnml.models._conv2d import conv2d as conv2d
 from fnml.models._dropout import dropout as dropout
 from fnml.models._embed import embed as embed
+from fnml.models._encoder import EncoderConfig as EncoderConfig
+from fnml.models._encoder import encoder as encoder
 from fnml.models._gelu import gelu as gelu
 from fnml.models._generate import generate as generate
 from fnml.models._gpt import GPTConfig as GPTConfig
@@ -27,6 +29,9 @@ from fnml.models._mlp import mlp as mlp
 from fnml.models._moe import Routes as Routes
 from fnml.models._moe import moe as moe
 from fnml.models._moe import route as route
+from fnml.models._moe import run_experts as run_experts
+from fnml.models._resnet import ResNetConfig as ResNetConfig
+from fnml.models._resnet import resnet as resnet
 from fnml.models._rms_norm import rms_norm as rms_norm
 from fnml.models._rope import Rotation as Rotation
 from fnml.models._rope import rope as rope

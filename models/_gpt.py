@@ -1,27 +1,35 @@
 """A GPT: rotary positions, RMSNorm, SwiGLU, grouped-query attention; one scan over layers."""
 
+import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 
-from fnml.core import ConfigError, Mean, Model, Param, ShapeError, fold_name
+from fnml.core import ConfigError, Mean, Model, Param, ShapeError, constrain, fold_name
 from fnml.models._attention import causal_attention
 from fnml.models._config import at_least, one_of, rate, refuse
 from fnml.models._dropout import dropout
 from fnml.models._embed import embed
 from fnml.models._linear import linear
-from fnml.models._moe import moe
+from fnml.models._moe import Routes, moe
 from fnml.models._rms_norm import rms_norm
 from fnml.models._rope import Rotation, rotate, rotation
 from fnml.models._swiglu import swiglu
 from fnml.models._wide import wide
 
 PyTree = Any
+Layer = Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]
+Layers = Callable[[Layer], Layer]
+Attention = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+Experts = Callable[..., tuple[jax.Array, Routes]]
 
 
 @dataclass(frozen=True)
@@ -188,6 +196,7 @@ def finish_layer(
     x: jax.Array,
     attended: jax.Array,
     key: jax.Array | None = None,
+    experts: Experts = moe,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Add one layer's two branches to x [B, T, D], given what its heads read [B, T, H, D / H].
 
@@ -202,7 +211,7 @@ def finish_layer(
     if config.experts is None:
         y = linear(swiglu(linear(y, mlp["gate"]), linear(y, mlp["up"])), mlp["down"])  # [B, T, D]
     else:
-        y, routes = moe(y, mlp, experts_per_token=config.experts_per_token)
+        y, routes = experts(y, mlp, experts_per_token=config.experts_per_token)
         balance = routes.balance
     y = checkpoint_name(y, "mlp_out")
     return x + dropout(y, config.dropout, None if key is None else fold_name(key, "mlp")), balance
@@ -215,7 +224,20 @@ def read_logits(config: GPTConfig, params: PyTree, x: jax.Array) -> jax.Array:
     return linear(x, kernel, out_dtype=wide(x.dtype))
 
 
-def gpt(config: GPTConfig) -> Model:
+def _scan(config: GPTConfig, layer: Layer) -> Layer:
+    """Run one layer after the other."""
+    unroll = min(config.unroll, config.layers)
+    return lambda x, stacked: lax.scan(layer, x, stacked, unroll=unroll)
+
+
+def gpt(
+    config: GPTConfig,
+    *,
+    layers: Layers | None = None,
+    attention: Attention = causal_attention,
+    experts: Experts = moe,
+    residual: PartitionSpec | None = None,
+) -> Model:
     """Build a GPT: ``apply(params, tokens, *, key=None) -> logits``.
 
     ``tokens`` are int [B, T] with T up to ``context``, logits [B, T, V] float32. Dropout happens
@@ -227,6 +249,19 @@ def gpt(config: GPTConfig) -> Model:
     :class:`fnml.Mean` over tokens of :func:`route`'s balance, averaged over layers. Add 0.01 of its
     value to the loss, and put it into ``Metrics.values``. Like a batch norm's moments it belongs to
     the batch it is computed on, so the layout transforms average it over logical shards.
+
+    Three parts can be replaced by functions that compute the same in another place (docs/parallel.md):
+
+    Args:
+      config: the sizes.
+      layers: turns one layer, the body of a scan, into the function of the stacked layers; by default
+        ``lax.scan``. :func:`fnml.transforms.pipeline` is such a function.
+      attention: ``attention(q, k, v)`` with the shapes of :func:`causal_attention`, such as that of
+        :func:`fnml.parallel.ring_attention`.
+      experts: has the signature of :func:`moe`, as :func:`fnml.parallel.expert_moe` makes it.
+      residual: how the residual stream [B, T, D] lies on the mesh that is set, such as
+        ``P("data")`` (:func:`fnml.core.constrain`). Where ``"embed"`` is sharded (FSDP), the compiler
+        would otherwise divide the stream by width, as the table it comes from, not by batch.
 
     Law: changing token t changes no bit of the logits before t (with experts, to rounding: rows
     meet other rows in a product).
@@ -245,6 +280,8 @@ def gpt(config: GPTConfig) -> Model:
     (3, 5, 11)
     """
 
+    run: Layers = layers or functools.partial(_scan, config)
+
     def apply(
         params: PyTree, tokens: jax.Array, *, key: jax.Array | None = None, balance: bool = False
     ) -> Any:
@@ -253,18 +290,21 @@ def gpt(config: GPTConfig) -> Model:
         if config.dropout == 0:
             key = None
         x = embed_tokens(config, params, tokens)
+        if residual is not None:
+            x = constrain(x, residual)
         x = dropout(x, config.dropout, None if key is None else fold_name(key, "embed"))
-        by = rotation(jnp.arange(tokens.shape[1]), config.head_width, base=config.rope_base)
+        T = tokens.shape[1]
+        # A symbolic length (jax.export) has no constants.
+        positions = np.arange(T) if isinstance(T, int) else jnp.arange(T)
+        by = rotation(positions, config.head_width, base=config.rope_base)
 
         def layer(x: jax.Array, inputs: tuple[PyTree, jax.Array | None]) -> tuple[jax.Array, Any]:
             params, key = inputs
             q, k, v = project_heads(config, params, x, by)
-            return finish_layer(config, params, x, causal_attention(q, k, v), key)
+            return finish_layer(config, params, x, attention(q, k, v), key, experts)
 
         keys = None if key is None else jax.random.split(fold_name(key, "layers"), config.layers)
-        x, shares = lax.scan(
-            layer, x, (params["layers"], keys), unroll=min(config.unroll, config.layers)
-        )
+        x, shares = run(layer)(x, (params["layers"], keys))
         logits = read_logits(config, params, x)
         if not balance:
             return logits

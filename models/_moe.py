@@ -84,6 +84,31 @@ def _backward(saved: tuple[jax.Array, jax.Array], grad: jax.Array) -> tuple[jax.
 _permute.defvjp(_forward, _backward)
 
 
+def run_experts(
+    rows: jax.Array, params: PyTree, chosen: jax.Array, weights: jax.Array, sizes: jax.Array
+) -> jax.Array:
+    """Return the mixed output of each token's experts [N, D], for rows [N, D].
+
+    ``chosen`` and ``weights`` are [N, k], ``sizes`` [E] are the tokens of each of the E experts that
+    ``params`` holds. A choice of E or more is an expert that lives elsewhere: it adds nothing.
+
+    >>> import jax.numpy as jnp
+    >>> weights = {"gate": jnp.ones((2, 3, 5)), "up": jnp.ones((2, 3, 5)), "down": jnp.ones((2, 5, 3))}
+    >>> chosen, sizes = jnp.array([[1], [2]]), jnp.array([0, 1])
+    >>> run_experts(jnp.ones((2, 3)), weights, chosen, jnp.ones((2, 1)), sizes).astype(jnp.int32).tolist()
+    [[42, 42, 42], [0, 0, 0]]
+    """
+    (N, D), k = rows.shape, chosen.shape[1]
+    order = jnp.argsort(chosen.reshape(-1), stable=True)  # [N * k]
+    inverse = jnp.argsort(order)
+    copies = jnp.broadcast_to(rows[:, None, :], (N, k, D)).reshape(N * k, D)
+    sent = _permute(copies, order, inverse)
+    gate, up = (grouped_matmul(sent, params[name], sizes) for name in ("gate", "up"))
+    out = grouped_matmul(swiglu(gate, up), params["down"], sizes)
+    back = _permute(out, inverse, order).reshape(N, k, D)
+    return jnp.sum(back * weights[:, :, None].astype(back.dtype), axis=1)
+
+
 def moe(x: jax.Array, params: PyTree, *, experts_per_token: int = 2) -> tuple[jax.Array, Routes]:
     """Return the mixed output of each token's experts, like ``x`` [..., D], and the routes.
 
@@ -103,14 +128,6 @@ def moe(x: jax.Array, params: PyTree, *, experts_per_token: int = 2) -> tuple[ja
     ((2, 7, 3), 28)
     """
     rows = x.reshape(-1, x.shape[-1])  # [N, D]
-    (N, D), k = rows.shape, experts_per_token
-    routes = route(rows, params["router"], k)
-    order = jnp.argsort(routes.experts.reshape(-1), stable=True)  # [N * k]
-    inverse = jnp.argsort(order)
-    copies = jnp.broadcast_to(rows[:, None, :], (N, k, D)).reshape(N * k, D)
-    sent = _permute(copies, order, inverse)
-    gate, up = (grouped_matmul(sent, params[name], routes.sizes) for name in ("gate", "up"))
-    out = grouped_matmul(swiglu(gate, up), params["down"], routes.sizes)
-    back = _permute(out, inverse, order).reshape(N, k, D)
-    y = jnp.sum(back * routes.weights[:, :, None].astype(back.dtype), axis=1)
+    routes = route(rows, params["router"], experts_per_token)
+    y = run_experts(rows, params, routes.experts, routes.weights, routes.sizes)
     return y.reshape(x.shape), routes

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fnml.core import ShapeError
 
@@ -15,10 +16,12 @@ class Rotation(NamedTuple):
     sin: jax.Array
 
 
-def rotation(positions: jax.Array, width: int, *, base: float = 10_000.0) -> Rotation:
+def rotation(positions: jax.Array | np.ndarray, width: int, *, base: float = 10_000.0) -> Rotation:
     """Return the rotation of heads of ``width`` D at ``positions`` [T] or [B, T].
 
     Pair i of D / 2 turns by ``position * base ** (-2 * i / D)``. All layers share one rotation.
+    NumPy's positions make it a constant of the program, with the same bits; what is computed in the
+    program XLA fuses into every use on a CPU, and takes the cosines of each head anew.
 
     Raises:
       ShapeError: ``width`` is odd.
@@ -29,6 +32,9 @@ def rotation(positions: jax.Array, width: int, *, base: float = 10_000.0) -> Rot
     """
     if width % 2:
         raise ShapeError(f"a rotary embedding got heads of width {width}: expected an even width")
+    if isinstance(positions, np.ndarray):
+        with jax.ensure_compile_time_eval():
+            return rotation(jnp.asarray(positions, jnp.int32), width, base=base)
     frequencies = base ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
     angles = jnp.expand_dims(positions.astype(jnp.float32), -1) * frequencies.reshape(
         (1,) * positions.ndim + (-1,)

@@ -6,12 +6,14 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 from jax import lax
+from jax.sharding import AxisType
 
 Implementation = Literal["auto", "reference", "lax", "pallas", "cudnn", "tokamax"]
 """How a kernel is computed.
 
 ``"auto"``: the hand-written body on the platforms that have one for these shapes and dtypes, the
-blocked lax body everywhere else. ``"reference"``: the textbook form, with every derivative.
+blocked lax body everywhere else, and where a mesh is set (``jax.set_mesh``,
+:func:`fnml.transforms.shard`) for the compiler to divide the program over. ``"reference"``: the textbook form, with every derivative.
 ``"lax"``: the blocked lax body on every platform. ``"pallas"``: the hand-written body or an error.
 ``"cudnn"``, ``"tokamax"``: the library's kernel or an error.
 """
@@ -86,7 +88,7 @@ def choose(
         return Choice(only=implementation)
     able = {name for name, reasons in refusals.items() if not reasons}
     if implementation == "auto":
-        if not worth:
+        if not worth or _divided():
             return Choice(only="lax")
         tpu = "tpu" if "tpu" in able else None
         return Choice(tpu=tpu, cuda=next((name for name in _CUDA if name in able), None))
@@ -101,6 +103,16 @@ def choose(
     return Choice(
         tpu="tpu" if "tpu" in able else None, cuda="cuda" if "cuda" in able else None, strict=True
     )
+
+
+def _divided() -> bool:
+    """Tell whether the compiler is to divide the program over devices: no kernel can be divided so.
+
+    Inside ``shard_map`` each device computes its own part, and a kernel is as good as on one.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = zip(mesh.axis_sizes, mesh.axis_types, strict=True)
+    return any(size > 1 and kind != AxisType.Manual for size, kind in kinds)
 
 
 def _interpreter(kernel: str, interpret: Any) -> tuple[str | None, Any]:

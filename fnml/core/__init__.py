@@ -2,6 +2,7 @@
 
 from fnml.core._axes import Rules as Rules
 from fnml.core._axes import shardings as shardings
+from fnml.core._compilation_cache import compilation_cache as compilation_cache
 from fnml.core._errors import CheckpointError as CheckpointError
 from fnml.core._errors import ConfigError as ConfigError
 from fnml.core._errors import DataError as DataError
@@ -20,6 +21,16 @@ from fnml.core._files import write_json as write_json
 from fnml.core._keys import fold_name as fold_name
 from fnml.core._keys import shard_key as shard_key
 from fnml.core._keys import step_key as step_key
+from fnml.core._mapped_axes import axis_tuple as axis_tuple
+from fnml.core._mapped_axes import divided as divided
+from fnml.core._mapped_axes import mapped_axes as mapped_axes
+from fnml.core._mapped_axes import refuse_mapped as refuse_mapped
+from fnml.core._memory import can_keep_memory as can_keep_memory
+from fnml.core._memory import keep_memory as keep_memory
+from fnml.core._memory import peak_memory as peak_memory
+from fnml.core._mesh import constrain as constrain
+from fnml.core._mesh import make_mesh as make_mesh
+from fnml.core._mesh import parse_mesh as parse_mesh
 from fnml.core._metrics import Mean as Mean
 from fnml.core._metrics import Metrics as Metrics
 from fnml.core._model import Model as Model

@@ -4,9 +4,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from fnml.core._errors import LayoutError, nearest
+from fnml.core._mapped_axes import axis_tuple
 from fnml.core._param import Param
 from fnml.core._paths import map_with_name
 
@@ -14,16 +15,12 @@ PyTree = Any
 Rules = Mapping[str, str | Sequence[str] | None]
 
 
-def _mesh_axes(rule: str | Sequence[str] | None) -> tuple[str, ...]:
-    return () if rule is None else (rule,) if isinstance(rule, str) else tuple(rule)
-
-
-def shardings(spec: PyTree, mesh: Mesh, rules: Rules) -> PyTree:
+def shardings(spec: PyTree, mesh: Mesh | AbstractMesh, rules: Rules) -> PyTree:
     """Return a sharding for each :class:`fnml.Param`, by rules on its logical axis names.
 
     Args:
       spec: a tree of Param.
-      mesh: the device mesh.
+      mesh: the device mesh, or what it will be.
       rules: logical axis name -> mesh axis, several mesh axes, or ``None``; names without a
         rule are replicated.
 
@@ -42,7 +39,7 @@ def shardings(spec: PyTree, mesh: Mesh, rules: Rules) -> PyTree:
         f"the rule {name!r} -> {axis!r}: the mesh has the axes {tuple(sizes)}."
         f"{nearest(axis, sizes)}"
         for name, rule in rules.items()
-        for axis in _mesh_axes(rule)
+        for axis in axis_tuple(rule)
         if axis not in sizes
     ]
     if faults:
@@ -53,7 +50,7 @@ def shardings(spec: PyTree, mesh: Mesh, rules: Rules) -> PyTree:
         entries: list[str | tuple[str, ...] | None] = []
         used: dict[str, str | None] = {}
         for size, name in zip(param.shape, param.axes, strict=True):
-            axes = _mesh_axes(rules.get(name)) if name is not None else ()
+            axes = axis_tuple(rules.get(name)) if name is not None else ()
             for axis in axes:
                 if axis in used:
                     faults.append(

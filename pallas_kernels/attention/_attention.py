@@ -14,7 +14,7 @@ from fnml.pallas_kernels._implementation import (
     refuse,
     run,
 )
-from fnml.pallas_kernels.attention import _lax, _reference
+from fnml.pallas_kernels.attention import _by_head, _reference
 from fnml.pallas_kernels.attention._blocks import WORTH
 from fnml.pallas_kernels.attention._support import refusals
 from fnml.pallas_kernels.attention._tiles import HIDDEN, Extras, Plan
@@ -213,7 +213,7 @@ def _forward(
 
         return _gpu.forward(plan, *operands, interpret=interpret)
 
-    bodies: Bodies = {"lax": partial(_lax.forward, plan), "tpu": tpu, "cuda": cuda}
+    bodies: Bodies = {"lax": partial(_by_head.forward, plan), "tpu": tpu, "cuda": cuda}
     out, log = run(choice, bodies, q, k, v, extras)
     return out, (q, k, v, extras, out, log)
 
@@ -231,7 +231,7 @@ def _backward(
 
         return _gpu_backward.backward(plan, *operands, interpret=interpret)
 
-    bodies: Bodies = {"lax": partial(_lax.backward, plan), "tpu": tpu, "cuda": cuda}
+    bodies: Bodies = {"lax": partial(_by_head.backward, plan), "tpu": tpu, "cuda": cuda}
     grad_q, grad_k, grad_v, grad_bias = run(choice, bodies, *residuals, grad)
     bias = residuals[3].bias
     if bias is not None:

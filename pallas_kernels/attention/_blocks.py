@@ -10,6 +10,13 @@ def lax_block(T: int) -> int:
     return 64 if T <= 512 else 128
 
 
+BY_HEAD = 2048
+"""From this many queries and keys on, the lax body goes head by head on a CPU."""
+
+BY_HEAD_BLOCK = 256
+"""The number of queries per block there: 2 MiB of scores at 2,048 keys, the cache of one core."""
+
+
 class Blocks(NamedTuple):
     """Queries and keys per tile, forward and backward."""
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from fnml.pallas_kernels._dtypes import wide
+from fnml.pallas_kernels._varying import zeros
 from fnml.pallas_kernels.attention._blocks import lax_block
 from fnml.pallas_kernels.attention._tiles import (
     Extras,
@@ -66,7 +67,7 @@ class _Segment(NamedTuple):
         return x if x.shape[-1] == 1 else self.keys(x, first, x.ndim - 1)
 
 
-def _segments(plan: Plan, T: int, S: int) -> list[_Segment]:
+def _segments(plan: Plan, T: int, S: int, block: int | None) -> list[_Segment]:
     """Cut T queries into at most eight unrolled segments of looped blocks, and a remainder.
 
     Where queries see the keys up to their own, up to 1,024 of them each segment is one block.
@@ -74,7 +75,7 @@ def _segments(plan: Plan, T: int, S: int) -> list[_Segment]:
     the program linear in T; what the first blocks of a segment read in vain is at most a
     sixteenth of the T x T pairs. With a window each block cuts out the keys in its reach.
     """
-    block = lax_block(T)
+    block = block or lax_block(T)
     full = T // block
     rest = T - full * block
     growing = plan.left is None and plan.right is not None
@@ -172,7 +173,12 @@ def _scores(
 
 
 def forward(
-    plan: Plan, q: jax.Array, k: jax.Array, v: jax.Array, extras: Extras
+    plan: Plan,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    extras: Extras,
+    block_size: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Return the output [B, T, H, D] and each row's log of its sum of exponentials [B, H, T].
 
@@ -186,7 +192,7 @@ def forward(
     hides = extras.may_hide_all or plan.left is not None
     extras = extras._replace(bias=_group_extra(extras.bias, K), mask=_group_extra(extras.mask, K))
     outs, logs = [], []
-    for segment in _segments(plan, T, S):
+    for segment in _segments(plan, T, S, block_size):
 
         def block(_, inputs, segment=segment):
             index, q = inputs
@@ -224,6 +230,7 @@ def backward(
     out: jax.Array,
     log: jax.Array,
     grad: jax.Array,
+    block_size: int | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
     """Return the gradients of q, k, v and the bias."""
     K, (B, S) = k.shape[2], k.shape[:2]
@@ -238,8 +245,8 @@ def backward(
     inner = (out.astype(sums) * grad.astype(sums)).sum(-1, keepdims=True)
     grad_q = []
     grad_k, grad_v = jnp.zeros(keys.shape, sums), jnp.zeros(values.shape, sums)
-    grad_bias = None if extras.bias is None else jnp.zeros(extras.bias.shape, sums)
-    for segment in _segments(plan, T, S):
+    grad_bias = None if extras.bias is None else zeros(extras.bias.shape, sums, grad)
+    for segment in _segments(plan, T, S, block_size):
 
         def block(carry, inputs, segment=segment):
             index, q, g, inner, log = inputs
@@ -262,10 +269,10 @@ def backward(
 
         # Without a window each segment adds to as many keys as it reads, then to the whole.
         size = S if segment.reach is not None else segment.span
-        zeros = jnp.zeros((*keys.shape[:2], size, keys.shape[3]), sums)
+        nothing = zeros((*keys.shape[:2], size, keys.shape[3]), sums, grad)
         blocks = (segment.split(x) for x in (grouped, grad, inner, log))
         (more_k, more_v, grad_bias), part = lax.scan(
-            block, (zeros, zeros, grad_bias), (jnp.arange(segment.blocks), *blocks)
+            block, (nothing, nothing, grad_bias), (jnp.arange(segment.blocks), *blocks)
         )
         grad_q.append(segment.join(part))
         grad_k = grad_k.at[:, :, :size].add(more_k)

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -43,40 +45,106 @@ def _relative(got, expected):
     channels=st.tuples(st.integers(1, 3), st.integers(1, 3)),
     stride=st.integers(1, 3),
     padding=st.sampled_from(["SAME", "VALID"]),
+    form=st.sampled_from(["auto", "im2col", "shifted", "xla"]),
     seed=st.integers(0, 99),
 )
-def test_any_shape_equals_the_textbook(batch, size, window, channels, stride, padding, seed):
+def test_any_shape_equals_the_textbook(batch, size, window, channels, stride, padding, form, seed):
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(batch, *size, channels[0])).astype(np.float32)
     kernel = rng.normal(size=(*window, *channels)).astype(np.float32)
-    got = conv2d(jnp.asarray(x), jnp.asarray(kernel), stride=stride, padding=padding)
+    got = conv2d(jnp.asarray(x), jnp.asarray(kernel), stride=stride, padding=padding, form=form)
     want = _textbook(x.astype(np.float64), kernel.astype(np.float64), stride, padding)
     assert got.shape == want.shape
     # Sums of at most 27 float32 terms.
     assert _relative(got, want) < 2e-6
 
 
-@pytest.mark.parametrize(("stride", "padding"), [(1, "SAME"), (2, "SAME"), (2, "VALID")])
-def test_gradients_equal_those_of_the_xla_convolution_and_of_differences(stride, padding):
+FORMS = [
+    ("auto", 1, "SAME"),
+    ("auto", 2, "SAME"),
+    ("im2col", 2, "VALID"),
+    ("winograd", 1, "SAME"),
+    ("winograd", 1, "VALID"),
+    ("shifted", 2, "SAME"),
+]
+
+
+@pytest.mark.parametrize(("form", "stride", "padding"), FORMS)
+@pytest.mark.parametrize("size", [(6, 5), (9, 4)], ids=str)
+def test_value_and_gradients_equal_those_of_the_xla_convolution_in_float64(
+    form, stride, padding, size
+):
     keys = jax.random.split(jax.random.key(0), 2)
     with jax.enable_x64(True):
-        x = jax.random.normal(keys[0], (2, 6, 5, 2), jnp.float64)
+        x = jax.random.normal(keys[0], (2, *size, 2), jnp.float64)
         kernel = jax.random.normal(keys[1], (3, 3, 2, 3), jnp.float64)
 
-        def ours(x, kernel):
-            return jnp.sin(conv2d(x, kernel, stride=stride, padding=padding)).sum()
+        def loss(form):
+            def run(x, kernel):
+                return jnp.sin(conv2d(x, kernel, stride=stride, padding=padding, form=form)).sum()
 
-        def xla(x, kernel):
-            y = lax.conv_general_dilated(
-                x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
-            )
-            return jnp.sin(y).sum()
+            return jax.jit(jax.value_and_grad(run, (0, 1)))
 
-        got, want = (jax.grad(f, (0, 1))(x, kernel) for f in (ours, xla))
+        got, want = loss(form)(x, kernel), loss("xla")(x, kernel)
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-12), got, want
         )
-        check_grads(ours, (x, kernel), order=1, modes=["fwd", "rev"])
+
+
+@pytest.mark.parametrize(
+    ("form", "modes"), [("shifted", ["fwd", "rev"]), ("xla", ["fwd", "rev"]), ("winograd", ["rev"])]
+)
+def test_gradients_equal_differences_twice_over(form, modes):
+    keys = jax.random.split(jax.random.key(0), 2)
+    with jax.enable_x64(True):
+        x = jax.random.normal(keys[0], (1, 5, 4, 2), jnp.float64)
+        kernel = jax.random.normal(keys[1], (3, 3, 2, 2), jnp.float64)
+
+        @jax.jit
+        def run(x, kernel):
+            return jnp.sin(conv2d(x, kernel, form=form)).sum()
+
+        if form == "winograd":
+            check_grads(jax.grad(run, (0, 1)), (x, kernel), order=1, modes=modes)
+        else:
+            check_grads(run, (x, kernel), order=1, modes=modes)
+
+
+@pytest.mark.parametrize("size", [4, 7, 16])
+def test_winograd_rounds_little_more_than_a_plain_sum(size):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, size, size, 32)).astype(np.float32)
+    kernel = rng.normal(size=(3, 3, 32, 16)).astype(np.float32)
+    grad = rng.normal(size=(2, size, size, 16)).astype(np.float32)
+
+    def results(x, kernel, grad, form):
+        out, vjp = jax.vjp(lambda *args: conv2d(*args, form=form), x, kernel)
+        return out, *vjp(grad)
+
+    with jax.enable_x64(True):
+        wide = (np.asarray(a, np.float64) for a in (x, kernel, grad))
+        exact = jax.jit(results, static_argnums=3)(*wide, "xla")
+    got = jax.jit(results, static_argnums=3)(x, kernel, grad, "winograd")
+    # float32 sums of 288 terms are about 3e-7 off; the transform's numbers are up to 8 times larger.
+    assert all(_relative(a, b) < 3e-6 for a, b in zip(got, exact, strict=True))
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_every_form_lowers_to_xla_s_convolution_on_accelerators_and_to_none_on_a_cpu(stride):
+    x, kernel = jnp.ones((2, 8, 8, 16)), jnp.ones((3, 3, 16, 16))
+
+    def step(x, kernel):
+        return jax.grad(lambda x, k: jnp.sin(conv2d(x, k, stride=stride)).sum(), (0, 1))(x, kernel)
+
+    def text(platform):
+        return jax.jit(step).trace(x, kernel).lower(lowering_platforms=(platform,)).as_text()
+
+    for platform in ("cuda", "tpu"):
+        # The forward pass and two gradients, and none of the CPU's matrix products.
+        assert text(platform).count("stablehlo.convolution") == 3
+        assert "dot_general" not in text(platform)
+    assert "stablehlo.convolution" not in text("cpu")
+    assert "dot_general" in text("cpu")
 
 
 def _xla(x, kernel):
@@ -100,8 +168,13 @@ def _scan_and_loop(convolution):
     return scanned(kernel, xs), jax.tree.map(lambda *parts: np.stack(parts), *looped)
 
 
-def test_a_scan_has_the_bits_of_a_loop_value_and_gradients():
-    jax.tree.map(np.testing.assert_array_equal, *_scan_and_loop(conv2d))
+@pytest.mark.parametrize(
+    "convolution",
+    [conv2d, functools.partial(conv2d, form="im2col"), functools.partial(conv2d, stride=2)],
+    ids=["winograd", "im2col", "stride 2"],
+)
+def test_a_scan_has_the_bits_of_a_loop_value_and_gradients(convolution):
+    jax.tree.map(np.testing.assert_array_equal, *_scan_and_loop(convolution))
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="a property of XLA on a CPU")
@@ -131,6 +204,9 @@ def test_bfloat16_sums_in_float32():
         ((1, 2, 4, 2), (3, 3, 2, 1), {"padding": "VALID"}, ShapeError),
         ((1, 4, 4, 2), (3, 3, 2, 1), {"stride": 0}, ConfigError),
         ((1, 4, 4, 2), (3, 3, 2, 1), {"padding": "same"}, ConfigError),
+        ((1, 4, 4, 2), (3, 3, 2, 1), {"form": "winogard"}, ConfigError),
+        ((1, 4, 4, 2), (3, 3, 2, 1), {"form": "winograd", "stride": 2}, ConfigError),
+        ((1, 4, 4, 2), (1, 1, 2, 1), {"form": "winograd"}, ConfigError),
     ],
 )
 def test_what_does_not_fit_is_refused(x, kernel, options, error):

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import pytest
 
 from fnml.core import ConfigError, ShapeError
-from fnml.models import CNNConfig, GPTConfig, MLPConfig, cnn, gpt, mlp
+from fnml.models import CNNConfig, EncoderConfig, GPTConfig, MLPConfig, cnn, gpt, mlp
 
 
 @pytest.mark.parametrize(
@@ -24,6 +24,10 @@ from fnml.models import CNNConfig, GPTConfig, MLPConfig, cnn, gpt, mlp
         (GPTConfig, {"dtype": "bfloat"}, "dtype='bfloat': expected .* Did you mean 'bfloat16'?"),
         (GPTConfig, {"rope_base": 0.0}, "rope_base=0.0: expected more than 1"),
         (GPTConfig, {"unroll": 0}, "unroll=0: expected 1 or more"),
+        (EncoderConfig, {"width": 10, "heads": 4}, "heads=4 does not divide width=10"),
+        (EncoderConfig, {"types": -1}, "types=-1: expected 0 or more"),
+        (EncoderConfig, {"eps": 0.0}, "eps=0.0: expected more than 0"),
+        (EncoderConfig, {"dtype": "float16"}, "dtype='float16': expected"),
     ],
 )
 def test_a_wrong_field_is_named_with_what_is_allowed(config, fields, message):
@@ -38,7 +42,7 @@ def test_all_faults_come_in_one_error():
     assert all(field in str(error.value) for field in ("vocab=0", "dropout=2.0", "dtype='int8'"))
 
 
-@pytest.mark.parametrize("config", [MLPConfig, CNNConfig, GPTConfig])
+@pytest.mark.parametrize("config", [MLPConfig, CNNConfig, GPTConfig, EncoderConfig])
 def test_configs_are_frozen_and_hashable(config):
     needed = {MLPConfig: {"inputs": 2, "outputs": 2}, CNNConfig: {"classes": 2}}.get(config, {})
     one = config(**needed)

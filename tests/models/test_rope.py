@@ -51,3 +51,13 @@ def test_bfloat16_stays_and_misfits_are_named():
         rotation(jnp.arange(3), 5)
     with pytest.raises(ShapeError, match=r"here \[\.\.\., 5, 4\]"):
         rotate(jnp.ones((2, 5, 3, 8)), rotation(jnp.arange(4), 8))
+
+
+def test_numpy_positions_are_constants_with_the_bits_of_the_program():
+    def run(positions):
+        return jax.jit(lambda: rotation(positions(), 8))
+
+    constant, computed = run(lambda: np.arange(70)), run(lambda: jnp.arange(70))
+    jax.tree.map(np.testing.assert_array_equal, constant(), computed())
+    assert "cosine" in computed.lower().as_text()
+    assert "cosine" not in constant.lower().as_text()

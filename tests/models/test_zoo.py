@@ -9,7 +9,18 @@ import numpy as np
 import pytest
 
 from fnml.core import Mean, Model, Param, abstract, count, init, leaf_names
-from fnml.models import CNNConfig, GPTConfig, MLPConfig, cnn, gpt, mlp
+from fnml.models import (
+    CNNConfig,
+    EncoderConfig,
+    GPTConfig,
+    MLPConfig,
+    ResNetConfig,
+    cnn,
+    encoder,
+    gpt,
+    mlp,
+    resnet,
+)
 
 
 class Row(NamedTuple):
@@ -51,12 +62,31 @@ ZOO = {
         (9 * 2 * 3 + 6) + 2 * (9 * 9 + 6) + (9 * 12 + 8 + 9 * 16 + 8 + 12 + 8) + (4 * 5 + 5),
         True,
     ),
+    "resnet": Row(
+        resnet(ResNetConfig(classes=5, channels=2, widths=(16, 20), blocks=(1, 1))),
+        _images,
+        (4, 5),
+        # stem, a block of 16 channels, a block from 16 to 20 with its shortcut, head
+        (9 * 2 * 16 + 32)
+        + 2 * (9 * 16 * 16 + 32)
+        + (9 * 16 * 20 + 40 + 9 * 20 * 20 + 40 + 16 * 20 + 40)
+        + (20 * 5 + 5),
+        False,
+    ),
     "gpt": Row(
         gpt(GPTConfig(vocab=11, width=16, layers=3, heads=4, kv_heads=2, context=16, mlp_width=24)),
         _tokens,
         (4, 9, 11),
         _gpt_parameters(11, 16, 3, 4, 2, 24),
         False,
+    ),
+    "encoder": Row(
+        encoder(EncoderConfig(vocab=11, width=8, layers=2, heads=2, context=9, dropout=0.3)),
+        _tokens,
+        (4, 9, 8),
+        # tables and their norm; attention, feed-forward and two norms in each layer
+        (11 + 9 + 2) * 8 + 2 * (4 * (64 + 8) + (8 * 32 + 32 + 32 * 8 + 8) + 4 * 8),
+        True,
     ),
     "gpt with dropout": Row(
         gpt(GPTConfig(vocab=11, width=8, layers=2, heads=2, context=9, dropout=0.3, unroll=1)),

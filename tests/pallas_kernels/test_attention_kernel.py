@@ -1,5 +1,7 @@
 """Tiers 1 and 2: every body of attention against the textbook form in float64."""
 
+import re
+from collections import Counter
 from types import SimpleNamespace
 
 import jax
@@ -20,6 +22,7 @@ from kernel_cases import (
 )
 
 from fnml.pallas_kernels import _compiler, attention
+from fnml.pallas_kernels.attention import _by_head
 
 KEY = jax.random.key(3)
 
@@ -280,3 +283,43 @@ def test_a_body_that_cannot_do_it_says_why_and_what_can():
     # Nothing falls back silently: on this platform there is no compiled kernel.
     with pytest.raises(NotImplementedError, match="platform"):
         jax.jit(lambda q: attention(q, k, v, implementation="pallas"))(q)
+
+
+@pytest.mark.parametrize("options", ["causal", "segments", "lengths", "soft cap"])
+def test_head_by_head_equals_float64(monkeypatch, options):
+    monkeypatch.setattr(_by_head, "BY_HEAD", 64)
+    monkeypatch.setattr(_by_head, "BY_HEAD_BLOCK", 16)
+    arrays, rng = _draw(2, 150, 70, 4, 2, 8), np.random.default_rng(2)
+    segments = tuple(jnp.asarray(np.sort(rng.integers(0, 3, (2, n)))) for n in (150, 70))
+    given = {
+        "causal": {"causal": True},
+        "segments": {"segment_ids": segments},
+        "lengths": {"lengths": jnp.array([70, 31]), "causal": True},
+        "soft cap": {"soft_cap": 1.5},
+    }[options]
+    run = jax.jit(_value_and_grads("lax", **given))
+    assert "while" in run.lower(*arrays).as_text()
+    got = run(*arrays)
+    want = double(_value_and_grads("reference", **given), *arrays)
+    assert distance(got, want) < TOLERANCE["float32"]
+
+
+def test_head_by_head_is_for_cpus_alone(monkeypatch):
+    arrays = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in _draw(1, 2048, 2048, 2, 2, 8)]
+
+    def operations(run, platform):
+        text = run.lower(lowering_platforms=(platform,)).as_text()
+        # Which constants are shared, and where they stand, is no difference.
+        return Counter(re.findall(r"= stablehlo\.(?!constant)(\w+)", text))
+
+    def programs():
+        # A new function each time: what was traced before is kept by function.
+        run = jax.jit(_value_and_grads("lax", causal=True)).trace(*arrays)
+        return {name: operations(run, name) for name in ("cpu", "tpu", "cuda", "rocm")}
+
+    chosen = programs()
+    monkeypatch.setattr(_by_head, "BY_HEAD", 4096)
+    plain = programs()
+    assert chosen["cpu"] != plain["cpu"]
+    for platform in ("tpu", "cuda", "rocm"):
+        assert chosen[platform] == plain[platform]

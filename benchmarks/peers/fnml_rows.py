@@ -1,0 +1,113 @@
+"""fnml: the zoo's models, as its documentation trains them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from problems import LEARNING_RATE, WEIGHT_DECAY, Problem
+
+import fnml
+from fnml import Mean, Metrics, State, keep_memory, models, train
+
+PyTree = Any
+
+
+def versions() -> dict[str, str]:
+    return {"fnml": fnml.__version__, "jax": jax.__version__}
+
+
+def on_device(batches: list) -> list:
+    return [jax.device_put(batch) for batch in batches]
+
+
+def value(metrics: dict[str, Mean]) -> float:
+    return float(metrics["loss"].value)
+
+
+def training(
+    params: PyTree, loss_fn: Callable[..., Any], model_state: PyTree = ()
+) -> tuple[State, Callable]:
+    """Return the state and the donating step of a loss function."""
+    keep_memory()
+    optimizer = optax.adamw(LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    step = train.train_step(jax.value_and_grad(loss_fn, has_aux=True), optimizer)
+    params = jax.tree.map(jnp.asarray, params)
+    state = State.create(params, optimizer, jax.random.key(0), model_state)
+    return state, jax.jit(step, donate_argnums=0)
+
+
+def _gpt(problem: Problem, variant: str) -> tuple[State, Callable]:
+    config = models.GPTConfig(**problem.config)
+    model = models.gpt(config)
+    params = jax.tree.map(lambda p, x: x.reshape(p.shape), model.spec, problem.weights)
+
+    def loss_fn(params: PyTree, batch: Any, key: jax.Array) -> tuple[jax.Array, Metrics]:
+        tokens, targets = batch
+        loss = train.next_token(model.apply(params, tokens), targets)
+        return loss.value, Metrics(loss.weight)
+
+    return training(params, loss_fn)
+
+
+gpt_small = gpt_medium = _gpt
+
+
+def bert(problem: Problem, variant: str) -> tuple[PyTree, Callable]:
+    keep_memory()
+    model = models.encoder(models.EncoderConfig(**problem.config, types=2))
+    params = jax.tree.map(lambda p, x: jnp.asarray(x).reshape(p.shape), model.spec, problem.weights)
+
+    @jax.jit
+    def forward(params: PyTree, batch: Any) -> dict[str, Mean]:
+        tokens, types, probe = batch
+        total = jnp.vdot(model.apply(params, tokens, types), probe)
+        return {"loss": Mean(total, jnp.ones(()))}
+
+    return params, lambda params, batch: (params, forward(params, batch))
+
+
+def _classifier(apply: Callable[..., Any]) -> Callable[..., Any]:
+    def loss_fn(
+        params: PyTree, batch: Any, key: jax.Array, state: PyTree = ()
+    ) -> tuple[jax.Array, Metrics]:
+        images, labels = batch
+        logits, stats = apply(params, images, state)
+        loss = train.cross_entropy(logits, labels)
+        return loss.value, Metrics(loss.weight, stats=stats)
+
+    return loss_fn
+
+
+def digits_mlp(problem: Problem, variant: str) -> tuple[State, Callable]:
+    inputs, *hidden, outputs = problem.config["sizes"]
+    config = models.MLPConfig(
+        inputs=inputs, hidden=tuple(hidden), outputs=outputs, activation="relu"
+    )
+    model = models.mlp(config)
+    *first, last = problem.weights["layers"]
+    params = {"hidden": first, "head": last}
+    return training(params, _classifier(lambda params, x, state: (model.apply(params, x), ())))
+
+
+def cnn(problem: Problem, variant: str) -> tuple[State, Callable]:
+    def apply(params: PyTree, x: jax.Array, state: PyTree) -> tuple[jax.Array, PyTree]:
+        for layer in params["convolutions"]:
+            x = models.conv2d(x, layer["kernel"]) + layer["bias"]
+            x = models.max_pool2d(jax.nn.relu(x))
+        first, last = params["layers"]
+        x = jax.nn.relu(models.linear(x.reshape(len(x), -1), **first))
+        return models.linear(x, **last), ()
+
+    return training(problem.weights, _classifier(apply))
+
+
+def resnet(problem: Problem, variant: str) -> tuple[State, Callable]:
+    model = models.resnet(models.ResNetConfig(classes=10, **problem.config))
+
+    def apply(params: PyTree, x: jax.Array, state: PyTree) -> tuple[jax.Array, PyTree]:
+        return model.apply(params, x, state=state, train=True)
+
+    state = fnml.init(model.state, jax.random.key(0))
+    return training(problem.weights, _classifier(apply), state)

@@ -1,0 +1,90 @@
+"""How this process keeps its memory, and how much it took at most."""
+
+import ctypes
+import importlib.util
+import sys
+from importlib.metadata import entry_points
+
+import jax
+
+from fnml.core._errors import ConfigError
+
+# Names and values of glibc's mallopt, from its <malloc.h>.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
+
+
+def keep_memory(arenas: int = 1) -> bool:
+    """Keep large freed blocks for the next step, for this process, from now on.
+
+    On a CPU every step frees and takes again its activations, and glibc returns large blocks to the
+    kernel, which clears each page anew: for a small GPT that costs a fifth of the step. Kept, the
+    memory stays at the run's peak. Models whose step lasts less than about a millisecond gain
+    nothing and may lose, since all threads then share ``arenas`` pools: leave it off for those, or
+    give each of a few threads its own. Call it before the first computation; no result changes.
+
+    Args:
+      arenas: how many pools there are at most. One gains most.
+
+    Returns:
+      Whether it took effect: ``False`` where the C library is not glibc, and where JAX has another
+      platform than the CPU to compute on.
+
+    Raises:
+      ConfigError: ``arenas`` is below 1.
+
+    >>> keep_memory(arenas=2) in (True, False)
+    True
+    """
+    if arenas < 1:
+        raise ConfigError(f"arenas={arenas}: expected at least 1")
+    mallopt = _mallopt()
+    if mallopt is None or not _only_cpu():
+        return False
+    wanted = (
+        (_M_ARENA_MAX, arenas),
+        (_M_MMAP_THRESHOLD, 1 << 30),
+        (_M_TRIM_THRESHOLD, (1 << 31) - 1),
+    )
+    taken = [mallopt(option, value) for option, value in wanted]
+    return taken == [1, 1, 1]
+
+
+def can_keep_memory() -> str | None:
+    """Say why :func:`keep_memory` would have no effect here; ``None`` if it would have one."""
+    if _mallopt() is None:
+        return "the C library is not glibc"
+    return None if _only_cpu() else "JAX may compute on another platform than the CPU"
+
+
+def peak_memory() -> int:
+    """Return the most bytes of memory that this process has held so far.
+
+    >>> peak_memory() > 1 << 20
+    True
+    """
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _mallopt() -> "ctypes._NamedFuncPointer | None":
+    if not sys.platform.startswith("linux"):
+        return None
+    try:
+        library = ctypes.CDLL(None)
+        # musl has a mallopt too, of no effect.
+        return library.mallopt if hasattr(library, "gnu_get_libc_version") else None
+    except (OSError, AttributeError):
+        return None
+
+
+def _only_cpu() -> bool:
+    """Tell whether JAX can only compute on CPUs, without starting it: then it would be too late."""
+    named = jax.config.jax_platforms  # type: ignore[attr-defined]
+    if named:
+        return named == "cpu"
+    plugins = {"jax_plugins", "libtpu"}
+    return not any(entry_points(group="jax_plugins")) and not any(
+        importlib.util.find_spec(name) for name in plugins
+    )
