@@ -32,6 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import safetensors.numpy
+from report import report
 from rich import print
 from rich.table import Table
 
@@ -192,6 +193,7 @@ def main() -> None:
     parser.add_argument("--mb", type=int, default=200, help="megabytes of the state")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--directory", type=Path, help="where to write; by default a temporary one")
+    parser.add_argument("--json", type=Path, help="where to write the table and the machine")
     options = parser.parse_args()
 
     arrays = 24
@@ -248,9 +250,9 @@ def main() -> None:
             f"{median.restore:.2f} s",
             f"{median.peak / MIB:.0f}",
         )
-    print(table)
-    load = os.getloadavg()[0]
-    print(f"{options.mb} MB in {arrays} arrays; one copy {copy:.3f} s; load {load:.1f}")
+    title = f"Saving and restoring {options.mb} MB in {arrays} arrays, one copy {copy:.3f} s"
+    report({title: table}, options.json)
+    print(f"load {os.getloadavg()[0]:.1f}")
     us, them = turns["fnml"], turns["Orbax, async"]
 
     def ratio(field: str) -> float:

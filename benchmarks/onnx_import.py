@@ -24,7 +24,7 @@ import jax
 import numpy as np
 import onnx
 import onnxruntime
-from rich import print
+from report import report
 from rich.table import Table
 
 from fnml.core import FnmlError
@@ -105,6 +105,7 @@ def main() -> int:
     parser.add_argument("models", nargs="*", type=Path)
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--size", nargs="*", default=[], help="name=number of an open dimension")
+    parser.add_argument("--json", type=Path, help="where to write the table and the machine")
     options = parser.parse_args()
     light = Path(onnx.__file__).parent / "backend" / "test" / "data" / "light"
     sizes = {name: int(value) for name, value in (text.split("=") for text in options.size)}
@@ -113,7 +114,7 @@ def main() -> int:
     )
     for path in options.models or sorted(light.glob("*.onnx")):
         table.add_row(*measure(path, sizes, options.rounds))
-    print(table)
+    report({"Imported ONNX models beside onnxruntime": table}, options.json)
     return 0
 
 

@@ -12,12 +12,13 @@ import functools
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import optax
-from rich import print
+from report import report
 from rich.table import Table
 
 from fnml import Metrics, State, data, init, models, recipes, train
@@ -132,6 +133,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--only", choices=["mlp", "gpt"])
+    parser.add_argument("--json", type=Path, help="where to write the table and the machine")
     options = parser.parse_args()
     rounds = options.rounds
     tasks = {"mlp": ("digits MLP", digits_mlp, 1050), "gpt": ("small GPT", small_gpt, 150)}
@@ -161,8 +163,7 @@ def main() -> None:
                 f"{min(ratios):.3f}",
                 f"{max(ratios):.3f}",
             )
-    print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}, {rounds} rounds")
-    print(table)
+    report({f"What the loop costs ({rounds} rounds)": table}, options.json)
 
 
 if __name__ == "__main__":

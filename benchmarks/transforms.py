@@ -13,6 +13,7 @@ that XLA plans and the time, by policy, beside the plain function.
 import argparse
 import re
 import statistics
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,7 +25,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from rich import print
+from report import report
 from rich.table import Table
 from turns import turns
 
@@ -176,14 +177,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     measures = [accumulation, examples, reductions, recomputation]
     parser.add_argument("--only", choices=[measure.__name__ for measure in measures])
+    parser.add_argument("--json", type=Path, help="where to write the table and the machine")
     options = parser.parse_args()
     rounds = options.rounds
     table = Table("what", "contestant", "median ms", "ratio", "note")
     for measure in measures:
         if options.only in (None, measure.__name__):
             measure(table, rounds)
-    print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}, {rounds} rounds")
-    print(table)
+    report({f"What transforms cost ({rounds} rounds)": table}, options.json)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,10 @@ from fnml.core import Model as Model
 from fnml.core import Param as Param
 from fnml.core import State as State
 from fnml.core import abstract as abstract
+from fnml.core import compilation_cache as compilation_cache
 from fnml.core import count as count
 from fnml.core import init as init
+from fnml.core import keep_memory as keep_memory
 from fnml.core import nearest as _nearest
 from fnml.core import shardings as shardings
 
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from fnml import laws as laws
     from fnml import models as models
     from fnml import pallas_kernels as pallas_kernels
+    from fnml import parallel as parallel
     from fnml import recipes as recipes
     from fnml import sinks as sinks
     from fnml import train as train
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
     from fnml.interop import from_nnx as from_nnx
     from fnml.interop import from_onnx as from_onnx
     from fnml.interop import to_onnx as to_onnx
+    from fnml.plan import plan as plan
 
 __version__ = "0.1.0"
 
@@ -41,6 +45,8 @@ _PARTS = frozenset(
         "laws",
         "models",
         "pallas_kernels",
+        "parallel",
+        "plan",
         "recipes",
         "sinks",
         "train",

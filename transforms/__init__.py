@@ -49,6 +49,7 @@ from fnml.transforms._noise_scale import noise_scale as noise_scale
 from fnml.transforms._nonfinite import NonFinite as NonFinite
 from fnml.transforms._nonfinite import find_nonfinite as find_nonfinite
 from fnml.transforms._per_example import per_example as per_example
+from fnml.transforms._pipeline import pipeline as pipeline
 from fnml.transforms._pmap import pmap as pmap
 from fnml.transforms._population import population as population
 from fnml.transforms._private import privacy_spent as privacy_spent
@@ -60,6 +61,8 @@ from fnml.transforms._remat import remat as remat
 from fnml.transforms._reproduce import load_arguments as load_arguments
 from fnml.transforms._reproduce import save_arguments as save_arguments
 from fnml.transforms._sam import sam as sam
+from fnml.transforms._shard import shard as shard
+from fnml.transforms._shard import state_shardings as state_shardings
 from fnml.transforms._skip_nonfinite import skip_nonfinite as skip_nonfinite
 from fnml.transforms._sparsify import SparsifyState as SparsifyState
 from fnml.transforms._sparsify import cubic_sparsity as cubic_sparsity

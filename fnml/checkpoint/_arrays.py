@@ -23,7 +23,13 @@ _LARGE_ARRAY = 2 * 10**9
 def _checkpointer(**options: Any) -> tuple[Any, Any]:
     import orbax.checkpoint as ocp
 
-    return ocp, ocp.Checkpointer(ocp.PyTreeCheckpointHandler(**_LAYOUT, **options))
+    # Orbax would have all processes meet; here each reads by itself, and one writes.
+    me = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"fnml-{me}"
+    )
+    handler = ocp.PyTreeCheckpointHandler(**_LAYOUT, **options, multiprocessing_options=alone)
+    return ocp, ocp.Checkpointer(handler, multiprocessing_options=alone)
 
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-import jax
 import tyro
 from rich.table import Table
 
+import fnml
 from fnml.cli._show import show
+from fnml.core import can_keep_memory
 from fnml.recipes import environment
 
 _CORE = ("flax", "orbax-checkpoint", "chex", "rich", "tyro", "safetensors", "flatbuffers")
@@ -52,8 +53,19 @@ def command(arguments: Sequence[str]) -> int:
     table.add_row("free disk here", f"{free / (1 << 30):.1f} GiB", note)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     table.add_row("memory", f"{memory / (1 << 30):.1f} GiB", "")
-    cache = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
-    note = "" if cache else "set JAX_COMPILATION_CACHE_DIR to keep compiled programs"
-    table.add_row("compilation cache", cache or "off", note)
+    place, note = fnml.compilation_cache()
+    found = "off" if place is None else f"{place} ({_size(place)})"
+    table.add_row("compilation cache", found, note)
+    reason = can_keep_memory()
+    table.add_row(
+        "keeping memory",
+        "can" if reason is None else "cannot",
+        reason or "speeds up steps on a CPU: fnml train RECIPE --keep-memory, fnml.keep_memory()",
+    )
     show(table)
     return int(bool(missing))
+
+
+def _size(place: Path) -> str:
+    sizes = [path.stat().st_size for path in place.glob("*-cache")] if place.is_dir() else []
+    return f"{len(sizes)} programs, {sum(sizes) / (1 << 20):.1f} MiB"

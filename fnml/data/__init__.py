@@ -6,6 +6,7 @@ from fnml.data._epoch import epoch as epoch
 from fnml.data._feed import Feed as Feed
 from fnml.data._permute import permute as permute
 from fnml.data._permute import random_bits as random_bits
+from fnml.data._shared import Shared as Shared
 from fnml.data._source import Batch as Batch
 from fnml.data._source import Source as Source
 from fnml.data._split import Subset as Subset

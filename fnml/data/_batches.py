@@ -133,6 +133,7 @@ class Batches:
         depth: int = 2,
         place: Callable[[Batch], Any] | None = None,
         threaded: bool | None = None,
+        rows: np.ndarray | None = None,
     ) -> Feed:
         """Prepare batches from ``position`` on ahead of their use; one for each of ``sizes``.
 
@@ -151,6 +152,7 @@ class Batches:
           threaded: whether a thread does it; by default it does, but on CPU only once a batch
             took longer than half a millisecond: two threads share Python, and quick batches are
             gathered while the device works in any case.
+          rows: which examples of each batch to read, int64 ``[R]``; by default all ``B`` of them.
 
         Raises:
           DataError: ``depth`` is below 1; from the iterator, a size is no positive integer.
@@ -169,12 +171,16 @@ class Batches:
             place = jax.device_put
         if threaded is None and not on_cpu:
             threaded = True
-        return Feed(self._groups(sizes, place), depth, threaded)
+        return Feed(self._groups(sizes, place, rows), depth, threaded)
 
     def _groups(
-        self, sizes: Iterable[int | None], place: Callable[[Batch], Any] | None = None
+        self,
+        sizes: Iterable[int | None],
+        place: Callable[[Batch], Any] | None = None,
+        rows: np.ndarray | None = None,
     ) -> Iterator[list[Any]]:
-        return groups(self.gather, self.indices, self.position, self.batch_size, sizes, place)
+        size = self.batch_size
+        return groups(self.gather, self.indices, self.position, size, sizes, place, rows)
 
     @property
     def steps_per_epoch(self) -> float:

@@ -23,12 +23,14 @@ def groups(
     batch_size: int,
     sizes: Iterable[Size],
     place: Callable[[Batch], Any] | None = None,
+    rows: np.ndarray | None = None,
 ) -> Iterator[list[Any]]:
     """Yield lists of consecutive elements; each list is one call of ``gather(positions)``.
 
     A list grows from one element to about a megabyte or two milliseconds of work, so neither a
     fast source's overhead nor a slow source's latency is felt. What is yielded does not depend
-    on it, since ``gather`` does not depend on how positions are portioned.
+    on it, since ``gather`` does not depend on how positions are portioned. Of each batch, only the
+    examples ``rows`` are gathered, by default all.
 
     Raises:
       DataError: an entry of ``sizes`` is neither ``None`` nor a positive integer.
@@ -37,21 +39,23 @@ def groups(
     """
     entries = _checked(sizes)
     limit = 1
+    rows = np.arange(batch_size, dtype=np.int64) if rows is None else rows
     while True:
         portion, fault = _read(entries, limit)
         total = sum(size or 1 for size in portion)
-        positions = np.arange(position, position + total * batch_size, dtype=np.int64)
+        starts = np.arange(position, position + total * batch_size, batch_size, dtype=np.int64)
+        positions = (starts[:, None] + rows).reshape(-1)
         began = time.perf_counter()
         try:
             flat = gather(positions) if portion else {}
-            elements = _cut(flat, portion, batch_size, place)
+            elements = _cut(flat, portion, len(rows), place)
         except Exception as error:
             if len(portion) == 1:
                 error.add_note(_whereabouts(gather, locate, positions))
                 raise
             # Again, one element at a time: those before the fault are still good.
             for size in portion:
-                yield from groups(gather, locate, position, batch_size, [size], place)
+                yield from groups(gather, locate, position, batch_size, [size], place, rows)
                 position += (size or 1) * batch_size
             limit = 1
         else:

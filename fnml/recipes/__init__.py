@@ -2,12 +2,24 @@
 
 from fnml.recipes._config_json import from_json as from_json
 from fnml.recipes._config_json import to_json as to_json
+from fnml.recipes._devices import BATCH_AXES as BATCH_AXES
 from fnml.recipes._diff import Parting as Parting
 from fnml.recipes._diff import diff as diff
 from fnml.recipes._export import Exported as Exported
 from fnml.recipes._export import export_onnx as export_onnx
 from fnml.recipes._finetune import evaluate_onnx as evaluate_onnx
-from fnml.recipes._memory import keep_memory as keep_memory
+from fnml.recipes._gpt_sizes import SIZES as SIZES
+from fnml.recipes._gpt_sizes import gpt_config as gpt_config
+from fnml.recipes._gpt_sizes import gpt_size as gpt_size
+from fnml.recipes._plan import Planner as Planner
+from fnml.recipes._plan import Variant as Variant
+from fnml.recipes._plan import changes as changes
+from fnml.recipes._plan import cheapest_mesh as cheapest_mesh
+from fnml.recipes._plan import laid as laid
+from fnml.recipes._plan import largest_batch as largest_batch
+from fnml.recipes._plan import shapes as shapes
+from fnml.recipes._plan import try_out as try_out
+from fnml.recipes._plan import with_run as with_run
 from fnml.recipes._plugins import Plugin as Plugin
 from fnml.recipes._plugins import find_recipe as find_recipe
 from fnml.recipes._plugins import load_plugin as load_plugin

@@ -10,7 +10,7 @@ import numpy as np
 
 from fnml.checkpoint import restore, tree_sha256
 from fnml.core import DataError, State, step_key
-from fnml.recipes._devices import provide
+from fnml.recipes._devices import device_count, provide
 from fnml.recipes._replay import Replayer, without_keys
 from fnml.recipes._run_directory import read_record, read_result
 from fnml.recipes._training import differences, read_config
@@ -65,7 +65,7 @@ def diff(a: Path, b: Path) -> Parting:
     ]
     row_step, row = _first_row(a, b)
     # JAX starts with as many devices as it is first asked for.
-    provide(max(read_config(record)[1].run.devices for record in (record_a, record_b)))
+    provide(max(device_count(read_config(record)[1].run) for record in (record_a, record_b)))
     one, two = Replayer(a), Replayer(b)
 
     def parting(step: int | None, parameters: list[str], examples: list[str], *remarks: str) -> Any:

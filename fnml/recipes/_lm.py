@@ -13,6 +13,7 @@ from fnml.core import ConfigError, DataError, Mean, Metrics, Model
 from fnml.data import Batches, TokenSource, epoch
 from fnml.models import GPTConfig, generate, gpt
 from fnml.recipes._corpus import Corpus, read_files, standard_library
+from fnml.recipes._devices import BATCH_AXES
 from fnml.recipes._recipe import FLAT, Recipe, RunConfig, SampleConfig, Task
 from fnml.recipes._tokenizer import BpeTokenizer, ByteTokenizer, Tokenizer, train_bpe
 from fnml.train import OptimizerConfig, next_token
@@ -33,7 +34,6 @@ class LmConfig:
         steps=2000,
         batch_size=16,
         fuse=10,
-        keep_memory=True,
         log_every=50,
         eval_every=1000,
         save_every=500,
@@ -152,7 +152,8 @@ def _tokenizer(config: LmConfig, corpus: Corpus, directory: Path | None) -> tupl
 def _build(config: LmConfig, directory: Path | None) -> Task:
     corpus = read_files(config.text) if config.text else standard_library()
     tokenizer, files = _tokenizer(config, corpus, directory)
-    model = gpt(config.model)
+    # Where a mesh has these axes, activations are divided by example, whatever the rules divide.
+    model = gpt(config.model, residual=jax.P(BATCH_AXES))
     window = config.model.context
     # Windows overlap by half, so that no token is always at a window's start, short of context.
     train = _source("training", tokenizer.encode(corpus.train), window, max(window // 2, 1))

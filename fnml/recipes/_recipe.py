@@ -10,6 +10,7 @@ import tyro
 
 from fnml.core import ConfigError, Metrics, Model
 from fnml.data import Batches
+from fnml.recipes._devices import layout_faults
 
 PyTree = Any
 # Marks a nested configuration whose options need no prefix: ``--steps`` instead of ``--run.steps``.
@@ -42,12 +43,16 @@ class RunConfig:
     """Equal shards that a step's batch is computed in, one after the other; they decide the bits."""
     devices: int = 1
     """Devices that share those shards; any number gives the same bits, also on resuming."""
+    mesh: str = ""
+    """Axes that the compiler divides a step along, such as data=2,model=4; equal to rounding."""
+    rules: str = ""
+    """What lies along which axis of the mesh: data, fsdp, tensor, expert, joined by +."""
     remat: Literal["off", "nothing", "dots", "dots_no_batch", "everything"] = "off"
     """What to keep for the backward pass ("nothing" saves most memory); "off" decides nothing."""
     fuse: int = 1
-    """Steps per dispatch; the results are the same bits."""
+    """Steps per dispatch, the results are the same bits; 0 measures after the first step."""
     keep_memory: bool = False
-    """On CPU, keep freed memory for the next step: faster for all but very small models."""
+    """On CPU, keep freed memory for the next step: faster for single steps of larger models."""
     log_every: int = 50
     """Steps between rows of training metrics."""
     eval_every: int = 500
@@ -70,7 +75,7 @@ class RunConfig:
             "seed": 0,
             "accumulate": 1,
             "devices": 1,
-            "fuse": 1,
+            "fuse": 0,
             "log_every": 1,
             "eval_every": 1,
             "save_every": 1,
@@ -98,6 +103,13 @@ class RunConfig:
                 f"devices={self.devices}: accumulate={self.accumulate} shards can be shared by "
                 f"{' or '.join(map(str, fine))} devices, each with a power of two of them"
             )
+        if self.mesh and self.devices > 1:
+            faults.append(
+                f"mesh={self.mesh!r} and devices={self.devices}: --devices shares equal shards, to "
+                "the same bits, and --mesh leaves the dividing to the compiler: give one of them"
+            )
+        at_once = self.batch_size // max(self.accumulate, 1)
+        faults += layout_faults(self.mesh, self.rules, at_once)
         if faults:
             raise ConfigError("; ".join(faults))
 

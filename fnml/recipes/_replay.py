@@ -69,7 +69,9 @@ class Replayer:
         run = self.config.run
         step = make_step(self.task, self.config)
         # In a fused loop a step may round differently, if its operations break the law of fuse.
-        self._step = jax.jit(step if run.fuse == 1 else transforms.fuse(step, run.fuse))
+        # Measured, it is fused only where it does not.
+        self._fuse = run.fuse or 1
+        self._step = jax.jit(step if self._fuse == 1 else transforms.fuse(step, self._fuse))
 
     @functools.cached_property
     def steps(self) -> list[int]:
@@ -85,10 +87,10 @@ class Replayer:
           CheckpointError: there is no such checkpoint, or it is of another configuration.
         """
         if step == 0:
-            return placed(initial_state(self.task, self.config), self.config)
+            return placed(initial_state(self.task, self.config), self.task, self.config)
         checkpoints = self.directory / "checkpoints"
         check_config(restore_meta(checkpoints, step), self.config)
-        target = placed(abstract_state(self.task, self.config), self.config)
+        target = placed(abstract_state(self.task, self.config), self.task, self.config)
         return restore(checkpoints, target, step=step).state
 
     def position(self, step: int) -> int:
@@ -111,21 +113,19 @@ class Replayer:
 
     def forward(self, state: State, done: int, target: int) -> State:
         """Go on from ``done`` steps to ``target`` steps."""
-        fuse = self.config.run.fuse
         while done < target:
-            count = min(fuse, target - done)
+            count = min(self._fuse, target - done)
             state, _ = self._run(state, done + 1, count)
             done += count
         return state
 
     def _run(self, state: State, step: int, count: int) -> tuple[State, dict[str, float]]:
-        fuse = self.config.run.fuse
-        if fuse == 1:
+        if self._fuse == 1:
             state, metrics = self._step(state, self.batch(step))
             return state, means(metrics)
         block = self.task.train.take(self.position(step), count)
         padded = {
-            name: np.concatenate([x, np.repeat(x[-1:], fuse - count, axis=0)])
+            name: np.concatenate([x, np.repeat(x[-1:], self._fuse - count, axis=0)])
             for name, x in block.items()
         }
         state, metrics = self._step(state, padded, jnp.int32(count))

@@ -6,7 +6,7 @@ import logging
 import os
 import platform
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,16 +17,15 @@ from fnml import sinks
 from fnml.checkpoint import Checkpointer, restore, restore_meta, tree_sha256
 from fnml.core import (
     CheckpointError,
-    ConfigError,
     Row,
     RunError,
     Sink,
     State,
-    nearest,
-    require,
+    peak_memory,
 )
+from fnml.parallel import Processes, gathered
 from fnml.recipes._config_json import from_json, to_json
-from fnml.recipes._plugins import find_recipe, load_plugin, plugins
+from fnml.recipes._plugins import find_recipe
 from fnml.recipes._recipe import Output, Task
 from fnml.recipes._run_directory import (
     create,
@@ -37,11 +36,14 @@ from fnml.recipes._run_directory import (
     sweep,
     write_result,
 )
+from fnml.recipes._sinks import check_sinks, open_sink
+from fnml.recipes._together import announce, check_equal, join, shared
 from fnml.recipes._training import (
     abstract_state,
     check_config,
     initial_state,
     make_step,
+    on_mesh,
     placed,
     prepare,
     read_config,
@@ -75,11 +77,19 @@ class Loaded(NamedTuple):
 
 
 class Finished(NamedTuple):
-    """How a run ended: its result, and the signal that stopped it before its end, if one did."""
+    """How a run ended.
+
+    Attributes:
+      directory: the run's.
+      result: as in its ``result.json``.
+      signal: what stopped the run before its end, if a signal did.
+      first: whether this is the process to speak of it, where there are several.
+    """
 
     directory: Path
     result: dict[str, Any]
     signal: str | None
+    first: bool = True
 
 
 def environment() -> dict[str, Any]:
@@ -112,33 +122,45 @@ def start(name: str, config: Any, directory: Path | None, output: Output) -> Fin
         another run; the loss became NaN or infinite.
     """
     recipe = find_recipe(name)
+    processes = join(config)
     prepare(config)
     task = recipe.build(config, None)
-    _check_sinks(output)
-    _check_trainable(task, config)
+    check_sinks(output)
+    step = make_step(task, config)
+    _check_trainable(step, task, config)
     record = {
         "recipe": name,
         "config": to_json(config),
         "output": to_json(output),
         "environment": environment(),
     }
-    directory = new_directory(Path("runs"), name) if directory is None else directory
-    create(directory, record, task.files)
-    return _train(task, name, config, directory, output, fresh=True)
+    if processes.first:
+        directory = new_directory(Path("runs"), name) if directory is None else directory
+        announce(processes, directory, config)
+        create(directory, record, task.files)
+    directory = Path(processes.share("directory", str(directory)))
+    return _train(processes, task, step, name, config, directory, output, fresh=True)
 
 
 def resume(
-    directory: Path, output: Output | None = None, *, devices: int | None = None
+    directory: Path,
+    output: Output | None = None,
+    *,
+    devices: int | None = None,
+    mesh: str | None = None,
+    rules: str | None = None,
 ) -> Finished:
     """Continue a run from its newest checkpoint, or from the beginning if it has none.
 
     Law: the final parameters, and the rows of metrics, have the bits of an uninterrupted run, on
-    any number of devices.
+    any number of devices; on another mesh they are equal to rounding.
 
     Args:
       directory: the run's.
       output: where its record goes; by default as before.
       devices: how many devices to share the batch's shards, this time; by default as at the start.
+      mesh: the axes that the compiler divides along this time; by default as at the start.
+      rules: what lies along which of them; by default as at the start.
 
     Raises:
       RunError: there is no run in the directory, or it has finished.
@@ -153,15 +175,18 @@ def resume(
             f"to resume. 'fnml eval {directory}' and 'fnml sample {directory}' use it"
         )
     recipe, config = read_config(record)
-    if devices is not None:
-        layout = dataclasses.replace(config.run, devices=devices)
-        config = dataclasses.replace(config, run=layout)
+    asked = {"devices": devices, "mesh": mesh, "rules": rules}
+    given = {name: value for name, value in asked.items() if value is not None}
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, **given))
     kept = output or from_json(Output, record["output"])
+    processes = join(config)
     prepare(config)
-    _check_sinks(kept)
+    check_sinks(kept)
     _warn_of_changes(record)
+    announce(processes, directory, config)
     task = recipe.build(config, directory)
-    return _train(task, record["recipe"], config, directory, kept, fresh=False)
+    step = make_step(task, config)
+    return _train(processes, task, step, record["recipe"], config, directory, kept, fresh=False)
 
 
 def load(directory: Path, step: int | None = None) -> Loaded:
@@ -206,82 +231,53 @@ def _kinds(value: Any) -> Any:
     return sorted(map(str, set(value))) if isinstance(value, list) else value
 
 
-def _check_trainable(task: Task, config: Any) -> None:
+def _check_trainable(step: Any, task: Task, config: Any) -> None:
     """Trace one step on shapes, so that a wrong configuration leaves nothing behind."""
     from fnml.train import check_step
 
-    state = abstract_state(task, config)
-    check_step(make_step(task, config), state, task.train.at(task.train.position))
-
-
-def _check_sinks(output: Output) -> None:
-    twice = sorted({name for name in output.sinks if output.sinks.count(name) > 1})
-    if twice:
-        raise ConfigError(f"the sinks {', '.join(twice)} are named twice: every row goes once")
-    known = {*_BUILT_IN, *(p.name for p in plugins() if p.group == "fnml.sinks")}
-    for name in output.sinks:
-        if name not in known:
-            raise ConfigError(
-                f"there is no sink {name!r}.{nearest(name, known)} There are: "
-                f"{', '.join(sorted(known))}"
-            )
-        if name not in _BUILT_IN:
-            load_plugin("fnml.sinks", name)
-        elif module := _BUILT_IN[name]:
-            require(module, extra=name)
-
-
-# The package that a sink needs, of the extra of the sink's own name.
-_BUILT_IN = {
-    "jsonl": None,
-    "csv": None,
-    "tensorboard": "tensorboard",
-    "prometheus": "prometheus_client",
-}
-
-
-def _open_sink(name: str, directory: Path, after: int | None, output: Output) -> Sink:
-    if name == "jsonl":
-        return sinks.Jsonl(directory / "metrics.jsonl", after)
-    if name == "csv":
-        return sinks.Csv(directory / "metrics.csv", after)
-    if name == "tensorboard":
-        return sinks.TensorBoard(directory / "tensorboard", after)
-    if name == "prometheus":
-        return sinks.Prometheus(
-            port=output.prometheus_port,
-            textfile=directory / "metrics.prom",
-            labels={"run": directory.name},
-        )
-    return load_plugin("fnml.sinks", name)(directory, after)
+    check_step(step, abstract_state(task, config), task.train.at(task.train.position))
 
 
 def _train(
-    task: Task, name: str, config: Any, directory: Path, output: Output, *, fresh: bool
+    processes: Processes,
+    task: Task,
+    step: Any,
+    name: str,
+    config: Any,
+    directory: Path,
+    output: Output,
+    *,
+    fresh: bool,
 ) -> Finished:
     run = config.run
     metric, mode = task.best
     with contextlib.ExitStack() as stack:
-        stack.enter_context(locked(directory))
-        sweep(directory)
         checkpoints = directory / "checkpoints"
-        checkpoints.mkdir(exist_ok=True)
-        keeper = stack.enter_context(
-            Checkpointer(checkpoints, keep_last=run.keep_last, keep_best=run.keep_best, best=mode)
-        )
-        state, memory, batches = _where_to_start(task, config, checkpoints, keeper, fresh)
+        keeper = None
+        if processes.first:
+            stack.enter_context(locked(directory))
+            sweep(directory)
+            checkpoints.mkdir(exist_ok=True)
+            keeper = stack.enter_context(
+                Checkpointer(
+                    checkpoints, keep_last=run.keep_last, keep_best=run.keep_best, best=mode
+                )
+            )
+        any_saved = keeper is not None and not fresh and bool(keeper.steps())
+        state, memory, batches = _where_to_start(processes, task, config, checkpoints, any_saved)
         begun = int(state.step)
+        announce(processes, directory, config, begun)
         outputs: list[Sink] = []
-        note: Callable[[str], None] = _LOG.warning
-        if not output.quiet:
+        note: Callable[[str], None] = _LOG.warning if processes.first else _LOG.info
+        if not output.quiet and processes.first:
             console = sinks.Console(run.steps, stream=sys.stderr, start=begun)
             stack.callback(console.close)
             outputs.append(console)
             note = console.note
-        for sink_name in output.sinks:
+        for sink_name in output.sinks if processes.first else ():
             # Taken up again from the beginning, a run writes all of its rows anew.
             after = None if fresh else begun or -1
-            sink = _open_sink(sink_name, directory, after, output)
+            sink = open_sink(sink_name, directory, after, output)
             stack.callback(sink.close)
             outputs.append(sink)
             if isinstance(sink, sinks.Prometheus) and not output.quiet:
@@ -290,7 +286,8 @@ def _train(
 
         def should_stop() -> str | None:
             # A save that failed in the background ends the run now, not when the next one is due.
-            keeper.check()
+            if keeper is not None:
+                keeper.check()
             return signalled()
 
         callbacks = []
@@ -300,49 +297,66 @@ def _train(
 
         def save(state: State, meta: dict[str, Any], value: float | None) -> None:
             meta["config"] = to_json(config)
-            keeper.save(int(state.step), state, meta, metric=value)
+            whole = gathered(state)
+            if keeper is not None:
+                keeper.save(int(state.step), whole, meta, metric=value)
+
+        def held_out() -> Iterator[Any]:
+            for batch in task.held_out():
+                processes.beat()
+                yield batch
 
         outcome = fit(
-            make_step(task, config),
+            step,
             state,
             batches,
             steps=run.steps,
-            fuse=run.fuse,
+            fuse=run.fuse or ("auto" if processes.count == 1 else 1),
             log_every=run.log_every,
             # A sink that fails for a while must not end a run of a week.
             sinks=[sinks.tee(outputs)],
-            evaluate=evaluator(task.eval_loss_fn, task.held_out),
+            evaluate=evaluator(on_mesh(task.eval_loss_fn, config), held_out),
             eval_every=Every(steps=run.eval_every),
             callbacks=callbacks,
             save=save,
             save_every=Every(steps=run.save_every, minutes=run.save_minutes),
             save_metric=metric,
             should_stop=should_stop,
+            agree=processes.agree if processes.watched or processes.count > 1 else None,
             resume=memory,
             note=note,
         )
-        keeper.wait()
+        if keeper is not None:
+            keeper.wait()
         signal = outcome.stopped if outcome.stopped in ("SIGINT", "SIGTERM") else None
         result = _result(name, outcome)
-        if signal is None:
+        check_equal(processes, result["params_sha256"])
+        if signal is None and processes.first:
             write_result(directory, result)
-        return Finished(directory, result, signal)
+        processes.share("ended", True)
+        return Finished(directory, result, signal, processes.first)
 
 
 def _where_to_start(
-    task: Task, config: Any, checkpoints: Path, keeper: Checkpointer, fresh: bool
+    processes: Processes, task: Task, config: Any, checkpoints: Path, any_saved: bool
 ) -> tuple[State, Mapping[str, Any] | None, Any]:
-    if fresh or not keeper.steps():
-        return placed(initial_state(task, config), config), None, task.train
-    target = placed(abstract_state(task, config), config)
+    if not processes.share("any_saved", any_saved):
+        state = placed(initial_state(task, config), task, config)
+        return state, None, shared(processes, task.train, config)
+    target, alone = abstract_state(task, config), processes.count == 1
     try:
-        found = restore(checkpoints, target)
+        # Process 0 finds the newest whole step; the others take the same.
+        step = None if processes.first else processes.share("step")
+        found = restore(checkpoints, placed(target, task, config) if alone else target, step=step)
     except CheckpointError:
         # A field's name says more than the arrays that do not fit because of it.
         check_config(restore_meta(checkpoints), config)
         raise
     check_config(found.meta, config)
-    return found.state, found.meta, task.train.resume(found.meta["data"])
+    if processes.first:
+        processes.share("step", found.step)
+    state = found.state if alone else placed(found.state, task, config)
+    return state, found.meta, shared(processes, task.train.resume(found.meta["data"]), config)
 
 
 def _json_values(row: Row | None) -> dict[str, float]:
@@ -357,6 +371,8 @@ def _result(name: str, outcome: Fit) -> dict[str, Any]:
         "train": _json_values(outcome.row),
         "eval": _json_values(outcome.evals[-1] if outcome.evals else None),
         "seconds": round(outcome.seconds, 3),
-        "params_sha256": tree_sha256(outcome.state.params),
+        "fuse": outcome.fuse,
+        "peak_memory": peak_memory(),
+        "params_sha256": tree_sha256(gathered(outcome.state.params)),
         "environment": environment(),
     }

@@ -5,19 +5,30 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 
 from fnml import transforms
-from fnml.core import CheckpointError, State, fold_name, init
+from fnml.core import (
+    CheckpointError,
+    Metrics,
+    State,
+    abstract,
+    constrain,
+    fold_name,
+    init,
+    keep_memory,
+    shardings,
+)
+from fnml.parallel import parse_rules, spread
 from fnml.recipes._config_json import from_json, to_json
-from fnml.recipes._devices import mesh, provide
-from fnml.recipes._memory import keep_memory
+from fnml.recipes._devices import batch_spec, compiled_mesh, device_count, mesh, provide
 from fnml.recipes._plugins import find_recipe
-from fnml.recipes._recipe import Recipe, Task
+from fnml.recipes._recipe import LossFn, Recipe, Task
 from fnml.train import optimizer, train_step
 
-# It may change on resuming, since it changes no bits.
-_LAYOUT = ("run/devices",)
+# It may change on resuming: the first changes no bits, the others only how sums are rounded.
+_LAYOUT = ("run/devices", "run/mesh", "run/rules")
 
 
 def read_config(record: Mapping[str, Any]) -> tuple[Recipe, Any]:
@@ -30,18 +41,29 @@ def prepare(config: Any) -> None:
     """Do what has to be done before the first computation."""
     if config.run.keep_memory:
         keep_memory()
-    provide(config.run.devices)
+    provide(device_count(config.run))
 
 
 def initial_state(task: Task, config: Any) -> State:
     """Draw the state before the first step."""
-    init_key, run_key = jax.random.split(jax.random.key(config.run.seed))
-    return State.create(
-        init(task.model.spec, init_key) if task.start is None else task.start(init_key),
-        _optimizer(task, config),
-        run_key,
-        init(task.model.state, fold_name(init_key, "state")),
-    )
+
+    def draw(seed: Any) -> State:
+        init_key, run_key = jax.random.split(jax.random.key(seed))
+        return State.create(
+            init(task.model.spec, init_key) if task.start is None else task.start(init_key),
+            _optimizer(task, config),
+            run_key,
+            init(task.model.state, fold_name(init_key, "state")),
+        )
+
+    # Weights that are there would be constants in the program.
+    if task.start is not None:
+        return draw(config.run.seed)
+    # One program starts sooner than dozens, and each device draws only its part.
+    seed = np.int64(config.run.seed)
+    several = bool(config.run.mesh) or config.run.devices > 1
+    places = _places(jax.eval_shape(draw, seed), task, config) if several else None
+    return jax.jit(draw, out_shardings=places)(seed)
 
 
 def _partly_frozen(task: Task) -> bool:
@@ -55,27 +77,65 @@ def _optimizer(task: Task, config: Any) -> optax.GradientTransformation:
 
 def abstract_state(task: Task, config: Any) -> State:
     """Describe a run's state without computing anything."""
-    return jax.eval_shape(functools.partial(initial_state, task, config))
+    key = jax.eval_shape(jax.random.key, 0)
+    params = abstract(task.model.spec)
+    if task.start is not None:
+        params = jax.eval_shape(task.start, key)
+    state = abstract(task.model.state)
+    # Drawing is not traced: that would take longer than all the rest.
+    create = functools.partial(State.create, optimizer=_optimizer(task, config))
+    return jax.eval_shape(lambda p, k, s: create(p, key=k, model_state=s), params, key, state)
 
 
-def placed(state: State, config: Any) -> State:
-    """Put a state, or a description of one, on all of the run's devices."""
-    devices = mesh(config.run.devices)
+def _by_rules(state: State, divided: jax.sharding.Mesh, task: Task, config: Any) -> State:
+    rules = parse_rules(config.run.rules)
+    return transforms.state_shardings(state, shardings(task.model.spec, divided, rules))
+
+
+def _places(state: State, task: Task, config: Any) -> State | None:
+    """Return where each part of a state lies; ``None`` for one device."""
+    divided, devices = compiled_mesh(config.run), mesh(config.run.devices)
+    if divided is not None:
+        return _by_rules(state, divided, task, config)
     if devices is None:
-        return state
+        return None
     everywhere = jax.NamedSharding(devices, jax.P())
+    return jax.tree.map(lambda x: everywhere, state)
 
-    def place(x: Any) -> Any:
+
+def placed(state: State, task: Task, config: Any) -> State:
+    """Put a state, or a description of one, on the run's devices."""
+    places = _places(state, task, config)
+    if places is None:
+        return state
+
+    def place(x: Any, where: jax.NamedSharding) -> Any:
         if isinstance(x, jax.ShapeDtypeStruct):
-            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere)
-        return jax.device_put(x, everywhere)
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+        return spread(x, where)
 
-    return jax.tree.map(place, state)
+    return jax.tree.map(place, state, places)
+
+
+def on_mesh(loss_fn: LossFn, config: Any) -> LossFn:
+    """Return a loss that knows of the mesh which the compiler divides it over, if there is one."""
+    divided = compiled_mesh(config.run)
+    if divided is None:
+        return loss_fn
+    examples = batch_spec(divided)
+
+    def known(params: Any, batch: Any, key: Any, **options: Any) -> tuple[jax.Array, Metrics]:
+        with jax.sharding.use_abstract_mesh(divided.abstract_mesh):
+            # Cut into micro-batches, a batch would lie with some devices only.
+            batch = jax.tree.map(lambda x: constrain(x, examples), batch)
+            return loss_fn(params, batch, key, **options)
+
+    return known
 
 
 def make_step(task: Task, config: Any) -> Any:
-    """Make the run's training step, laid out over its devices."""
-    run, loss_fn = config.run, task.loss_fn
+    """Make the run's training step, laid out over its devices; it is traced once for all uses."""
+    run, loss_fn = config.run, on_mesh(task.loss_fn, config)
     if run.remat != "off":
         loss_fn = transforms.remat(loss_fn, run.remat)
     if _partly_frozen(task):
@@ -88,8 +148,12 @@ def make_step(task: Task, config: Any) -> Any:
     if devices is not None:
         grad_fn = transforms.data_parallel(grad_fn, devices)
     step = train_step(grad_fn, _optimizer(task, config))
+    divided = compiled_mesh(run)
+    if divided is not None:
+        places = _by_rules(abstract_state(task, config), divided, task, config)
+        return transforms.shard(step, divided, places, batch_spec(divided))
     if devices is None:
-        return step
+        return jax.jit(step, inline=True)
     everywhere = jax.NamedSharding(devices, jax.P())
 
     def replicated(state: State, batch: Any) -> Any:
@@ -97,7 +161,7 @@ def make_step(task: Task, config: Any) -> Any:
         # Left to the compiler, the placing may change from step to step, and each is compiled anew.
         return jax.lax.with_sharding_constraint(state, everywhere), metrics
 
-    return replicated
+    return jax.jit(replicated, inline=True)
 
 
 def check_config(meta: Mapping[str, Any], config: Any) -> None:

@@ -41,4 +41,8 @@ class Every:
     def due(self, step: int, seconds: float) -> bool:
         """Tell whether this is due after ``step``, ``seconds`` after it last happened."""
         by_steps = self.steps is not None and step % self.steps == 0
-        return by_steps or (self.minutes is not None and seconds >= 60 * self.minutes)
+        return by_steps or self.overdue(seconds)
+
+    def overdue(self, seconds: float) -> bool:
+        """Tell whether this is due by the clock, ``seconds`` after it last happened."""
+        return self.minutes is not None and seconds >= 60 * self.minutes

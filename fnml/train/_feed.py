@@ -1,7 +1,7 @@
 """Bring batches to the step: prefetched where the source can, one by one where not."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -49,12 +49,32 @@ def open_feed(batches: Iterable[PyTree], fuse: int, sizes: Sizes) -> Feed:
         if fuse == 1:
             source = batches.feed(sizes())
         else:
-            source = batches.feed(sizes(), place=lambda block: _place(_pad(block, fuse)))
+            # What puts its parts on devices itself takes them from the host.
+            onto = (lambda block: block) if hasattr(batches, "sharding") else place
+            source = batches.feed(sizes(), place=lambda block: onto(_pad(block, fuse)))
         return Feed(zip(sizes(), source, strict=False), source)
     return Feed(_stacked(iter(batches), fuse, sizes()), None)
 
 
-def _place(block: PyTree) -> PyTree:
+def at(source: Any, done: int) -> Any:
+    """Return a source for :func:`open_feed` as it stands after ``done`` of its batches.
+
+    An iterator stands there already; a source that prefetches is taken up from its saved state.
+    """
+    return source.resume(source.state(done)) if hasattr(source, "feed") else source
+
+
+def reopens(source: Any) -> bool:
+    """Tell whether :func:`at` can take a source up in the middle."""
+    return not hasattr(source, "feed") or hasattr(source, "resume")
+
+
+def stack(batches: Sequence[PyTree]) -> PyTree:
+    """Stack batches on the host, along a new leading axis."""
+    return jax.tree.map(lambda *xs: np.stack([np.asarray(x) for x in xs]), *batches)
+
+
+def place(block: PyTree) -> PyTree:
     """Put a block on the device, but leave it to ``jit`` on CPU, which takes NumPy arrays fast."""
     return block if jax.default_backend() == "cpu" else jax.device_put(block)
 
@@ -88,5 +108,4 @@ def _stacked(
                 f"batches of unequal shapes cannot be fused, got {sorted(shapes)}: drop the "
                 "shorter ones, or use fuse=1"
             )
-        stacked = jax.tree.map(lambda *xs: np.stack([np.asarray(x) for x in xs]), *block)
-        yield len(block), _pad(stacked, fuse)
+        yield len(block), _pad(stack(block), fuse)

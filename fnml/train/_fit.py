@@ -1,6 +1,6 @@
 """The training loop: a plain loop over a pure step, and what happens between steps."""
 
-import time
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -10,8 +10,10 @@ import jax.numpy as jnp
 
 from fnml.core import ConfigError, DataError, Mean, NonFiniteError, Row, Sink, State, path_name
 from fnml.train._check import check_step
+from fnml.train._choose_fuse import choose_fuse
+from fnml.train._clock import Clock
 from fnml.train._every import Every
-from fnml.train._feed import open_feed
+from fnml.train._feed import at, open_feed, reopens
 from fnml.train._logbook import Logbook, means, pack, to_json
 from fnml.train._raw import Raw, is_key
 from fnml.train._step import Step
@@ -50,6 +52,7 @@ class Fit(NamedTuple):
       row: the last row of training metrics.
       evals: every evaluation.
       seconds: wall time, earlier parts of a resumed run included.
+      fuse: how many steps went into one dispatch, also where that was measured.
     """
 
     state: State
@@ -57,6 +60,7 @@ class Fit(NamedTuple):
     row: Row | None
     evals: tuple[Row, ...]
     seconds: float
+    fuse: int = 1
 
 
 def fit(
@@ -65,7 +69,7 @@ def fit(
     batches: Iterable[PyTree],
     *,
     steps: int,
-    fuse: int = 1,
+    fuse: int | Literal["auto"] = 1,
     log_every: int = 50,
     sinks: Sequence[Sink] = (),
     evaluate: Callable[[State], Mapping[str, Mean]] | None = None,
@@ -75,6 +79,7 @@ def fit(
     save_every: Every | None = None,
     save_metric: str | None = None,
     should_stop: Callable[[], str | None] = lambda: None,
+    agree: Callable[[int, Mapping[str, str] | None], Mapping[str, str]] | None = None,
     resume: Mapping[str, Any] | None = None,
     note: Callable[[str], None] = lambda text: None,
 ) -> Fit:
@@ -92,6 +97,9 @@ def fit(
         thread, and its position is saved with checkpoints.
       steps: the total number of steps, those before ``state.step`` included.
       fuse: how many steps to run in one dispatch; blocks are cut where something is due.
+        ``"auto"`` measures after the first step, on copies of the state and with the first batch,
+        whether that is faster, and stays with one where the bits would differ, and where the run is
+        too short for a measurement to pay.
       log_every: a row of training metrics for every so many steps.
       sinks: where rows go.
       evaluate: ``evaluate(state) -> metrics``; done when ``eval_every`` says and at the end.
@@ -102,6 +110,8 @@ def fit(
       save_every: when to save; at the end and at a stop it is always done.
       save_metric: which evaluation metric ranks checkpoints.
       should_stop: asked after every block; a string stops the run, after a checkpoint.
+      agree: where several processes train together, turns what this one's signals and clock ask for
+        into what all do after the same step; see :meth:`fnml.parallel.Processes.agree`.
       resume: the ``meta`` saved with ``state``.
       note: takes messages for the user, such as an unexpected recompilation.
 
@@ -113,34 +123,51 @@ def fit(
       NonFiniteError: a loss or parameter became NaN or infinite. Nothing is saved after it.
     """
     start = int(state.step)
-    _check_arguments(steps, start, fuse, log_every, evaluate, eval_every, save, save_every)
+    auto, count = fuse == "auto" and reopens(batches), 1 if fuse == "auto" else fuse
+    _check_arguments(steps, start, count, log_every, evaluate, eval_every, save, save_every)
     memory = dict(resume or {})
     evals = [_from_json(entry, "eval") for entry in memory.get("evals", ())]
     row = _from_json(memory["row"], "train") if memory.get("row") else None
     before = float(memory.get("seconds", 0.0))
-    clock = _Clock()
+    clock = Clock()
     if start >= steps or memory.get("stopped"):
         # Only the last words were missing: a callback's stop is not to be taken back.
-        return Fit(state, memory.get("stopped"), row, tuple(evals), before)
+        return Fit(state, memory.get("stopped"), row, tuple(evals), before, count)
 
     schedules = [when for when in (eval_every, save_every, *(w for w, _ in callbacks)) if when]
-    feed = open_feed(batches, fuse, lambda: _blocks(start, steps, fuse, schedules))
+    source = batches if hasattr(batches, "feed") else iter(batches)
+    feed = open_feed(source, count, functools.partial(_blocks, start, steps, count, schedules))
     done, stopped, signalled, ended = start, None, None, None
     try:
         try:
             size, batch = next(feed)
         except StopIteration:
             raise DataError(f"there are no batches to go on with after step {start}") from None
-        metrics = check_step(step, state, _first(batch) if fuse > 1 else batch)
+        # Traced once, for all that is made of it.
+        step = jax.jit(step, inline=True)
+        metrics = check_step(step, state, _first(batch) if count > 1 else batch)
         book = Logbook(list(metrics), log_every, start, memory.get("log", ()))
-        samples = max((x.shape[1 if fuse > 1 else 0] for x in jax.tree.leaves(batch)), default=0)
+        samples = max((x.shape[1 if count > 1 else 0] for x in jax.tree.leaves(batch)), default=0)
         keys = Raw.of(state)
-        live = keys.strip(jax.tree.map(_copy, state))
+        live = jax.jit(lambda state: keys.strip(jax.tree.map(_copy, state)))(state)
         del state
-        run = _compiled(step, fuse, keys)
+        run = _compiled(step, count, keys)
         last = dict.fromkeys(range(len(callbacks) + 2), clock.now())
         compilations = 0
         evaluated = saved = -1
+        slots = [(0, eval_every), (1, save_every), *enumerate((w for w, _ in callbacks), 2)]
+        clocked = [(slot, w) for slot, w in slots if w is not None and w.minutes is not None]
+
+        def decide() -> Mapping[str, str]:
+            """Ask the clock what is due by now, and the other processes, if there are any."""
+            late = [slot for slot, when in clocked if when.overdue(clock.now() - last[slot])]
+            wishes = {f"due {slot}": "" for slot in late}
+            if agree is None:
+                return wishes
+            if done >= steps:
+                return agree(done, None)
+            reason = should_stop()
+            return agree(done, {**wishes, "stop": reason} if reason else wishes)
 
         def log(rows: Iterable[tuple[int, dict[str, float]]]) -> None:
             nonlocal row
@@ -189,7 +216,7 @@ def fit(
             saved = done
 
         def due(slot: int, when: Every | None) -> bool:
-            if when is None or not when.due(done, clock.now() - last[slot]):
+            if when is None or not (when.due(done, 0.0) or f"due {slot}" in decided):
                 return False
             last[slot] = clock.now()
             return True
@@ -201,6 +228,27 @@ def fit(
             book.record(packed, size)
             if compilations == 0:
                 compilations = clock.compiled()
+                if auto and done < steps:
+                    with clock.paused():
+                        choice = choose_fuse(
+                            run,
+                            lambda count: _compiled(step, count, keys),
+                            live,
+                            batch,
+                            most=min(log_every, steps - done, *_gaps(schedules)),
+                            steps=steps - done,
+                            compile_seconds=clock.compile_seconds,
+                        )
+                    note(choice.reason)
+                    if choice.steps > 1:
+                        count, run = choice.steps, choice.run
+                        feed.close()
+                        feed = open_feed(
+                            at(source, done - start),
+                            count,
+                            functools.partial(_blocks, done, steps, count, schedules),
+                        )
+            decided = decide()
             scheduled = done == steps or any(w.due(done, 0.0) for w in schedules)
             if scheduled or book.due:
                 log(book.rows(newest=scheduled))
@@ -222,7 +270,8 @@ def fit(
             if done >= steps:
                 stopped = None
                 break
-            signalled = None if stopped else should_stop()
+            if not stopped:
+                signalled = should_stop() if agree is None else decided.get("stop")
             if stopped or signalled:
                 break
             if save is not None and due(1, save_every):
@@ -233,6 +282,8 @@ def fit(
             except StopIteration:
                 ended = f"the batches ended after step {done}"
                 break
+        if agree is not None:
+            agree(done, None)
         log(book.rows())
         if not signalled:
             # A signalled run goes on later: its unfinished row and evaluation are done then.
@@ -246,7 +297,9 @@ def fit(
         for sink in sinks:
             sink.flush()
         state = keys.dress(live)
-        return Fit(state, stopped or signalled or ended, row, tuple(evals), clock.now() + before)
+        return Fit(
+            state, stopped or signalled or ended, row, tuple(evals), clock.now() + before, count
+        )
     finally:
         feed.close()
 
@@ -302,6 +355,11 @@ def _blocks(start: int, steps: int, fuse: int, schedules: Sequence[Every]) -> It
         yield size
 
 
+def _gaps(schedules: Sequence[Every]) -> list[int]:
+    """Return how many steps lie between what the schedules make due by steps."""
+    return [when.steps for when in schedules if when.steps is not None]
+
+
 def _compiled(step: Step, fuse: int, keys: Raw) -> Any:
     """Compile the step on states as :class:`Raw` has them; what is given to it is donated."""
 
@@ -340,59 +398,3 @@ def _check_finite(state: State, step: int) -> None:
             f"{', '.join(bad)}. Nothing was saved; the last good checkpoint is kept. Lower the "
             "learning rate or clip the gradients"
         )
-
-
-class _Clock:
-    """Measure speed, leaving out compilation, evaluation and saving."""
-
-    def __init__(self) -> None:
-        self._began = time.perf_counter()
-        self._mark = self._began
-        self._excluded = 0.0
-        self._compile = 0.0
-        self._step = 0
-        self._waited = 0.0
-
-    def now(self) -> float:
-        return time.perf_counter() - self._began
-
-    def start(self, step: int) -> None:
-        self._step = step
-        self._mark = time.perf_counter()
-
-    def compiled(self) -> int:
-        """Take what has passed since :meth:`start` as the time of the first compilation."""
-        self._compile = time.perf_counter() - self._mark
-        self._excluded += self._compile
-        return 1
-
-    def paused(self) -> "_Pause":
-        return _Pause(self)
-
-    def exclude(self, seconds: float) -> None:
-        self._excluded += seconds
-
-    def timing(self, step: int, samples: int, waited: float, before: float) -> dict[str, float]:
-        now = time.perf_counter()
-        seconds = max(now - self._mark - self._excluded, 1e-9)
-        speed = (step - self._step) / seconds
-        wait = min(max((waited - self._waited) / seconds, 0.0), 1.0)
-        self._mark, self._step, self._waited, self._excluded = now, step, waited, 0.0
-        return {
-            "steps_per_second": speed,
-            "samples_per_second": speed * samples,
-            "data_wait": wait,
-            "compile_seconds": self._compile,
-            "seconds": now - self._began + before,
-        }
-
-
-class _Pause:
-    def __init__(self, clock: _Clock):
-        self._clock = clock
-
-    def __enter__(self) -> None:
-        self._from = time.perf_counter()
-
-    def __exit__(self, *error: object) -> None:
-        self._clock.exclude(time.perf_counter() - self._from)

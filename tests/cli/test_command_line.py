@@ -110,6 +110,9 @@ def test_train_help_lists_the_recipes(call, name):
         ("plugins", ["List what installed packages"]),
         ("laws", ["Check the laws", "--example", "--devices"]),
         ("check", ["finite differences"]),
+        ("launch", ["--processes", "--restarts"]),
+        ("plan", ["for chips that are not there", "--target"]),
+        ("bench", ["take turns", "--install-peers", "startup"]),
     ],
 )
 def test_every_other_command_has_help(call, command, words):
@@ -122,7 +125,15 @@ def test_every_other_command_has_help(call, command, words):
 def test_every_command_is_covered_here():
     using = {"train", "resume", "eval", "sample", "export", "runs"}
     using |= {"verify", "replay", "diff"}
-    assert set(COMMANDS) == using | {"laws", "check", "doctor", "plugins"}
+    assert set(COMMANDS) == using | {
+        "laws",
+        "check",
+        "doctor",
+        "plugins",
+        "bench",
+        "launch",
+        "plan",
+    }
 
 
 def test_an_unknown_recipe_names_the_nearest(call):

@@ -13,9 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from law_cases import KEY, ROUNDING, STEPS, B, Case, bits, cases, distances
 
-from fnml.core import Mean, Metrics, State
+from fnml.core import Mean, Metrics, State, make_mesh
 from fnml.train import train_step
 from fnml.transforms import (
     Policy,
@@ -32,7 +34,9 @@ from fnml.transforms import (
     remat,
     sam,
     scaled_value_and_grad,
+    shard,
     skip_nonfinite,
+    state_shardings,
     with_loss_scale,
 )
 
@@ -347,6 +351,19 @@ def vector(tree: Any) -> np.ndarray:
     return np.concatenate([np.ravel(np.float64(x)) for x in numbers])
 
 
+def sharded(case: Case) -> tuple[State, Any]:
+    """Let the compiler divide everything in two: each parameter along its first even dimension."""
+    mesh = make_mesh({"data": 2}, jax.devices()[:2])
+
+    def halves(p: jax.Array) -> NamedSharding:
+        even = next((i for i, size in enumerate(p.shape) if size % 2 == 0), p.ndim)
+        return NamedSharding(mesh, P(*[None] * even, *["data"] * (even < p.ndim)))
+
+    places = state_shardings(start(case), jax.tree.map(halves, case.params))
+    state = jax.device_put(start(case), places)
+    return walk(case, shard(step_of(case.grad_fn), mesh, places), state)
+
+
 class StepLaw(NamedTuple):
     """An equation between two results of a few steps.
 
@@ -376,6 +393,7 @@ STEP_LAWS = [
     ),
     StepLaw("skip_nonfinite changes nothing finite", skipping, stepped),
     StepLaw("a member of a population trains as alone", crowd, each_alone),
+    StepLaw("shard changes where, not what", sharded, stepped, ("mlp", "gpt"), exact=False),
     # What its branch shares a program with can round otherwise.
     StepLaw("loss_scaling leaves no trace", loss_scaled, stepped, ("mlp", "cnn"), exact=False),
     # An optimizer sees parameters and gradients, so one model tells as much as three.

@@ -222,8 +222,8 @@ def test_numbers_that_json_has_no_word_for_are_refused_by_path():
     [
         (
             RunConfig,
-            {"steps": 2**31, "fuse": 0, "seed": -1},
-            ["steps=2147483648: expected at most 2147483647", "fuse=0", "seed=-1"],
+            {"steps": 2**31, "fuse": -1, "seed": -1},
+            ["steps=2147483648: expected at most 2147483647", "fuse=-1", "seed=-1"],
         ),
         (RunConfig, {"batch_size": 10, "accumulate": 3}, ["accumulate=3: expected a divisor of b"]),
         (RunConfig, {"save_minutes": math.nan}, ["save_minutes=nan: expected more than 0"]),

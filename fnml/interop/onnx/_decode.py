@@ -353,9 +353,10 @@ def _filled(
     if not (proto.output and proto.output[0] in weights and shape is not None):
         return None
     sizes = [int(size) for size in shape.reshape(-1)] if shape.dtype == np.int64 else [-1]
-    one = isinstance(fill, np.ndarray) and fill.size == 1
     # What cannot be made is refused by the operator, in words of its own.
-    if not one or any(size < 0 for size in sizes) or math.prod(sizes) > MOST_ELEMENTS:
+    if not isinstance(fill, np.ndarray) or fill.size != 1:
+        return None
+    if any(size < 0 for size in sizes) or math.prod(sizes) > MOST_ELEMENTS:
         return None
     return np.full(sizes, fill.reshape(()))
 

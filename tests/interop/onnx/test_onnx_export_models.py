@@ -11,9 +11,11 @@ from fnml.core import init
 from fnml.interop.onnx import from_onnx, to_onnx
 from fnml.models import (
     CNNConfig,
+    EncoderConfig,
     GPTConfig,
     MLPConfig,
     cnn,
+    encoder,
     gpt,
     gpt_cache,
     gpt_decode,
@@ -88,6 +90,17 @@ def test_gpt_and_its_gradient() -> None:
     assert ops(file).count("Scan") == 1
     same(gradient(model.apply), TOKENS, params=params)
     assert "Scan" not in ops(same(model.apply, TOKENS, params=params, unroll=2, importer=False))
+
+
+def test_encoder_with_padding() -> None:
+    model = encoder(EncoderConfig(vocab=11, width=8, layers=2, heads=2, context=16, types=2))
+    lengths = jnp.array([TOKENS.shape[1], 3])
+
+    def apply(params, tokens):
+        there = jnp.arange(tokens.shape[1])[None, :, None] < lengths[:, None, None]
+        return jnp.where(there, model.apply(params, tokens, lengths=lengths), 0.0)
+
+    same(apply, TOKENS, params=init(model.spec, KEY))
 
 
 def test_gpt_in_bfloat16() -> None:
