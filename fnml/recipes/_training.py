@@ -63,7 +63,9 @@ def initial_state(task: Task, config: Any) -> State:
     seed = np.int64(config.run.seed)
     several = bool(config.run.mesh) or config.run.devices > 1
     places = _places(jax.eval_shape(draw, seed), task, config) if several else None
-    return jax.jit(draw, out_shardings=places)(seed)
+    # Where memory does not suffice, some of the arrays raise, and reading the others would wait for
+    # ever: all are asked at once.
+    return jax.block_until_ready(jax.jit(draw, out_shardings=places)(seed))
 
 
 def _partly_frozen(task: Task) -> bool:
