@@ -34,6 +34,8 @@ def main(platform: str) -> None:
     if platform == "tpu":
         os.environ |= {
             "TPU_SKIP_MDS_QUERY": "1",
+            # Other tests may be compiling at the same time.
+            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
             "TPU_ACCELERATOR_TYPE": "v5litepod-16",
             "TPU_WORKER_HOSTNAMES": "localhost",
         }

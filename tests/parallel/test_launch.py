@@ -147,11 +147,13 @@ def test_another_program_spreads_and_gathers_arrays(tmp_path, capfd):
     path = tmp_path / "program.py"
     path.write_text(PROGRAM)
     assert fnml("launch", "-n", "2", "--", sys.executable, str(path)) == 0
-    out = [line for line in capfd.readouterr().out.splitlines() if "Gloo" not in line]
-    assert sorted(out) == [
+    lines = capfd.readouterr().out.splitlines()
+    for expected in (
         f"2 [0, 2] {[*map(float, range(8))]} [0, 7]",
         f"[1] 2 [4, 6] {[*map(float, range(8))]} [0, 7]",
-    ]
+    ):
+        # gloo prints from C++, and a piece of its lines may stand before ours.
+        assert len([line for line in lines if line.endswith(expected)]) == 1, lines
 
 
 def test_it_gives_up_after_the_last_restart(capfd):
