@@ -1,6 +1,8 @@
 """Time for a run: how fast it goes, and what does not count."""
 
+import contextlib
 import time
+from collections.abc import Iterator
 
 
 class Clock:
@@ -15,9 +17,11 @@ class Clock:
         self._waited = 0.0
 
     def now(self) -> float:
+        """Return the seconds since the clock was made."""
         return time.perf_counter() - self._began
 
     def start(self, step: int) -> None:
+        """Begin to measure, at a step."""
         self._step = step
         self._mark = time.perf_counter()
 
@@ -32,13 +36,21 @@ class Clock:
         """The time of the first compilation."""
         return self._compile
 
-    def paused(self) -> "Pause":
-        return Pause(self)
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out what is done inside."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.exclude(time.perf_counter() - began)
 
     def exclude(self, seconds: float) -> None:
+        """Leave out some of the time since the last row."""
         self._excluded += seconds
 
     def timing(self, step: int, samples: int, waited: float, before: float) -> dict[str, float]:
+        """Return a row's columns of time, and begin the next row."""
         now = time.perf_counter()
         seconds = max(now - self._mark - self._excluded, 1e-9)
         speed = (step - self._step) / seconds
@@ -51,14 +63,3 @@ class Clock:
             "compile_seconds": self._compile,
             "seconds": now - self._began + before,
         }
-
-
-class Pause:
-    def __init__(self, clock: Clock):
-        self._clock = clock
-
-    def __enter__(self) -> None:
-        self._from = time.perf_counter()
-
-    def __exit__(self, *error: object) -> None:
-        self._clock.exclude(time.perf_counter() - self._from)
