@@ -24,6 +24,12 @@ _TPU = {
 _MEMORY = ("argument", "output", "alias", "temp", "generated_code")
 
 
+def environment(platform: str) -> dict[str, str]:
+    """Return the variables under which a platform's compiler works without its hardware."""
+    own = {"tpu": _TPU, "cuda": {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}}
+    return {"JAX_PLATFORMS": "cpu", **own.get(platform, {})}
+
+
 def devices(request: dict[str, Any]) -> list[Any]:
     """Return the chips that are asked for, in the order of the mesh."""
     import jax
@@ -102,12 +108,8 @@ def place(chip: Any, index: int, request: dict[str, Any]) -> list[int]:
 def main(folder: Path) -> None:
     """Compile what lies in a folder."""
     request = json.loads((folder / "request.json").read_text())
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    if request["platform"] == "tpu":
-        os.environ |= _TPU
-    elif request["platform"] == "cuda":
-        os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
-    else:
+    os.environ |= environment(request["platform"])
+    if request["platform"] == "cpu":
         os.environ["JAX_NUM_CPU_DEVICES"] = str(math.prod(request["mesh"].values()))
     result: dict[str, Any]
     try:

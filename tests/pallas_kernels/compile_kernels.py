@@ -1,7 +1,6 @@
 """Compile every row for hardware that is not there, and print what the compiler said as JSON.
 
-Run by ``test_compiled.py`` with a Python that has libtpu or the CUDA plugin:
-``python compile_kernels.py tpu`` or ``... cuda``. It needs no device and no driver.
+Run by ``test_compiled.py`` (``elsewhere.run``). It needs no device and no driver.
 """
 
 import contextlib
@@ -14,35 +13,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-TPUS = {"v5e": "v5e:2x2", "v6e": "v6e:2x2"}
-H200 = """
-gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
-  shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  memory_bandwidth: 4800000000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
-  device_memory_size: 150754820096 shared_memory_per_block_optin: 232448
-  cuda_compute_capability { major: 9 minor: 0 }
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536
-}
-platform_name: "CUDA" dnn_version_info { major: 9 minor: 10 } device_description_str: "NVIDIA H200"
-"""
+TARGETS = {"tpu": ("v5e:2x2", "v6e:2x2"), "cuda": ("h200:1x1",)}
 
 
 def main(platform: str) -> None:
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    if platform == "tpu":
-        os.environ |= {
-            "TPU_SKIP_MDS_QUERY": "1",
-            # Other tests may be compiling at the same time.
-            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-            "TPU_ACCELERATOR_TYPE": "v5litepod-16",
-            "TPU_WORKER_HOSTNAMES": "localhost",
-        }
-    else:
-        os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
+    from elsewhere import devices
+
     rows = []
-    for name, device in devices(platform):
+    for target in TARGETS[platform]:
+        name, device = target.partition(":")[0], devices(target)[0]
         rows += [
             compile_one(case, name, device, platform) | {"oversized": False}
             for case in cases(platform)
@@ -87,20 +66,6 @@ def too_large(platform: str) -> Any:
     lengths = {"tpu": (16, 65536), "cuda": (128, 1024)}[platform]
     q, k = (shape(1, length, 1, 128, dtype=jnp.bfloat16) for length in lengths)
     return Case("oversized", partial(attention, implementation="pallas"), (q, k, k), {})
-
-
-def devices(platform: str) -> list[tuple[str, Any]]:
-    from jax._src import xla_bridge
-    from jax.experimental import topologies
-
-    if platform == "tpu":
-        return [
-            (name, topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0])
-            for name, topology in TPUS.items()
-        ]
-    xla_bridge.backends()  # registers the plugin
-    topology = topologies.get_topology_desc("", "cuda", target_config=H200, topology="1x1x1")
-    return [("H200", topology.devices[0])]
 
 
 def compile_one(case: Any, target: str, device: Any, platform: str) -> dict[str, Any]:

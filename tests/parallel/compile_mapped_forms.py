@@ -1,11 +1,9 @@
 """Compile every mapped form's gradient for devices that are not there; print what it sends as JSON.
 
-Run by ``test_compiled_mapped_forms.py`` with a Python that has libtpu or the CUDA plugin:
-``python compile_mapped_forms.py tpu`` for v5e:4x4, ``... cuda`` for one host of eight H100.
+Run by ``test_compiled_mapped_forms.py`` (``elsewhere.run``): for v5e:4x4, or one host of eight H100.
 """
 
 import json
-import os
 import re
 import sys
 import time
@@ -13,21 +11,11 @@ from typing import Any
 
 
 def main(platform: str, names: list[str]) -> None:
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    if platform == "tpu":
-        os.environ |= {
-            "TPU_SKIP_MDS_QUERY": "1",
-            "TPU_ACCELERATOR_TYPE": "v5litepod-16",
-            "TPU_WORKER_HOSTNAMES": "localhost",
-            # Nothing runs on a TPU here, so another test may have the library open.
-            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        }
-    else:
-        os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
-    from compile_parallel_forms import devices
+    from compile_parallel_forms import TARGETS
+    from elsewhere import devices
     from mapped_forms import FORMS
 
-    found = devices(platform)
+    found = devices(TARGETS[platform])
     names = names or [name for name, form in FORMS.items() if form.compiled]
     print(json.dumps({name: compile_one(FORMS[name], found, platform) for name in names}))
 

@@ -1,36 +1,16 @@
-"""The real compilers divide every form for a TPU v5e 4x4 and for 8 H100, and send what they should.
+"""The real compilers divide every form for a TPU v5e 4x4 and for 8 H100, and send what they should."""
 
-``FNML_TPU_PYTHON`` names a Python with libtpu, ``FNML_CUDA_PYTHON`` one with the CUDA plugin, each
-in an environment of its own (CONTRIBUTING.md).
-"""
-
-import json
-import os
-import subprocess
 from pathlib import Path
 
+import elsewhere
 import pytest
 from parallel_forms import CASES, PARAM_BYTES
 
 HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
 
 
 def compiled(platform):
-    variable = {"tpu": "FNML_TPU_PYTHON", "cuda": "FNML_CUDA_PYTHON"}[platform]
-    if variable not in os.environ:
-        pytest.skip(f"{variable} is not set: no compiler for {platform}")
-    keep = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
-    run = subprocess.run(
-        [os.environ[variable], HERE / "compile_parallel_forms.py", platform],
-        env=keep | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=900,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    rows = json.loads(run.stdout.splitlines()[-1])
+    rows = elsewhere.run(HERE / "compile_parallel_forms.py", platform)
     assert [row for row in rows if "error" in row] == []
     assert [row["case"] for row in rows] == [name for name, _ in CASES]
     return {row["case"]: row["collectives"] for row in rows}
