@@ -1,6 +1,5 @@
 """Decode a model's protos into graphs of operators, and find all that is unsupported."""
 
-import math
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
@@ -11,12 +10,12 @@ import numpy as np
 
 from fnml.core import DataError, nearest
 from fnml.interop.onnx._dtypes import DTYPES
-from fnml.interop.onnx._names import is_parameter, shape_names, weight_names
+from fnml.interop.onnx._filled_weights import filled_weights, weight_names
+from fnml.interop.onnx._names import is_parameter, shape_names
 from fnml.interop.onnx._node import Graph, Node, Operator, Outer, Port, Step
 from fnml.interop.onnx._operators import OPERATORS, UNFOLDED
 from fnml.interop.onnx._run import body_operator
 from fnml.interop.onnx._schemas import find_schema, schema_operator
-from fnml.interop.onnx._static import MOST_ELEMENTS
 from fnml.interop.onnx._tensors import decode_sparse, decode_tensor
 
 # A file of a few bytes could otherwise name functions that call each other without end.
@@ -183,7 +182,7 @@ def decode_nodes(
             value = _constant(attributes, inside.name)
             bound = any(a.ref_attr_name for a in proto.attribute)
             _place(proto.output[0], value, scope, ctx, constants, params, True, bound)
-        elif (filled := _filled(proto, domain, attributes, constants, weights)) is not None:
+        elif (filled := filled_weights(proto, domain, attributes, constants, weights)) is not None:
             _place(proto.output[0], filled, scope, ctx, constants, params, True)
         else:
             step = _step(proto, domain, name, attributes, inside, ctx)
@@ -334,31 +333,6 @@ def _constant(attributes: Mapping[str, Any], what: str) -> np.ndarray:
         if name.startswith("value_") and dtype is not None:
             return np.asarray(value, dtype)
     raise DataError(f"the Constant {what!r} has no value")
-
-
-def _filled(
-    proto: Any,
-    domain: str,
-    attributes: Mapping[str, Any],
-    constants: Mapping[str, np.ndarray],
-    weights: AbstractSet[str],
-) -> np.ndarray | None:
-    """Return a layer's weights where the file only says their shape and the one value of all.
-
-    As a constant of one value, jax 0.10.2 convolves with them wrongly on a CPU.
-    """
-    if (proto.op_type, domain) != ("ConstantOfShape", "") or len(proto.input) != 1:
-        return None
-    shape, fill = constants.get(proto.input[0]), attributes.get("value")
-    if not (proto.output and proto.output[0] in weights and shape is not None):
-        return None
-    sizes = [int(size) for size in shape.reshape(-1)] if shape.dtype == np.int64 else [-1]
-    # What cannot be made is refused by the operator, in words of its own.
-    if not isinstance(fill, np.ndarray) or fill.size != 1:
-        return None
-    if any(size < 0 for size in sizes) or math.prod(sizes) > MOST_ELEMENTS:
-        return None
-    return np.full(sizes, fill.reshape(()))
 
 
 def _place(

@@ -12,7 +12,6 @@ from fnml.interop.onnx._operators import SHAPE_INPUTS
 _TRAINABLE = (np.float16, ml_dtypes.bfloat16, np.float32, np.float64)
 # Only small arrays are read as shapes: weights behind a computed shape stay parameters.
 _SHAPE_SIZE = 16
-_LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 # The metadata that lists a file's parameters, where others would be taken for some.
 PARAMETERS = "fnml.parameters"
 
@@ -70,15 +69,6 @@ def shape_names(nodes: Sequence[Any], outputs: Iterable[str] = ()) -> frozenset[
         places = SHAPE_INPUTS.get(node.op_type, ()) if node.domain in ("", "ai.onnx") else ()
         needed.update(node.input[i] for i in places if i < len(node.input))
     return frozenset(needed)
-
-
-def weight_names(nodes: Iterable[Any]) -> frozenset[str]:
-    """Return the names of values that layers take as their kernels, in one graph."""
-    return frozenset(
-        node.input[1]
-        for node in nodes
-        if node.op_type in _LAYERS and node.domain in ("", "ai.onnx") and len(node.input) > 1
-    )
 
 
 def tree_paths(names: Iterable[str]) -> Mapping[str, tuple[str, ...]]:
