@@ -16,6 +16,7 @@ from fnml.interop.onnx._node import Graph, Node, Operator, Outer, Port, Step
 from fnml.interop.onnx._operators import OPERATORS, UNFOLDED
 from fnml.interop.onnx._run import body_operator
 from fnml.interop.onnx._schemas import find_schema, schema_operator
+from fnml.interop.onnx._static import MOST_ELEMENTS
 from fnml.interop.onnx._tensors import decode_sparse, decode_tensor
 
 # A file of a few bytes could otherwise name functions that call each other without end.
@@ -36,6 +37,7 @@ class Decoding:
       arrays: the parameters' values by the name that graphs call them by.
       keys: that name by graph and value.
       left: how many nodes functions may still expand to.
+      fill: how many numbers weights that are filled with one value may still take.
       named: the parameters' names, where the file itself lists them.
     """
 
@@ -45,6 +47,7 @@ class Decoding:
     arrays: dict[str, np.ndarray] = field(default_factory=dict)
     keys: dict[tuple[str, str], str] = field(default_factory=dict)
     left: int = _EXPANDED_NODES
+    fill: int = MOST_ELEMENTS
     named: frozenset[str] | None = None
 
     def add_parameter(self, graph: str, name: str, array: np.ndarray) -> str:
@@ -182,7 +185,10 @@ def decode_nodes(
             value = _constant(attributes, inside.name)
             bound = any(a.ref_attr_name for a in proto.attribute)
             _place(proto.output[0], value, scope, ctx, constants, params, True, bound)
-        elif (filled := filled_weights(proto, domain, attributes, constants, weights)) is not None:
+        elif (
+            filled := filled_weights(proto, domain, attributes, constants, weights, ctx.fill)
+        ) is not None:
+            ctx.fill -= filled.size
             _place(proto.output[0], filled, scope, ctx, constants, params, True)
         else:
             step = _step(proto, domain, name, attributes, inside, ctx)

@@ -7,8 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from fnml.interop.onnx._static import MOST_ELEMENTS
-
 _LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 
@@ -27,10 +25,12 @@ def filled_weights(
     attributes: Mapping[str, Any],
     constants: Mapping[str, np.ndarray],
     weights: AbstractSet[str],
+    most: int,
 ) -> np.ndarray | None:
     """Return a layer's weights where the file only says their shape and the one value of all.
 
-    As a constant of one value, jax 0.10.2 convolves with them wrongly on a CPU.
+    As a constant of one value, jax 0.10.2 convolves with them wrongly on a CPU. Weights of more than
+    ``most`` numbers stay one, which takes no memory before it is used.
     """
     if (proto.op_type, domain) != ("ConstantOfShape", "") or len(proto.input) != 1:
         return None
@@ -41,6 +41,6 @@ def filled_weights(
     # What cannot be made is refused by the operator, in words of its own.
     if not isinstance(fill, np.ndarray) or fill.size != 1:
         return None
-    if any(size < 0 for size in sizes) or math.prod(sizes) > MOST_ELEMENTS:
+    if any(size < 0 for size in sizes) or math.prod(sizes) > most:
         return None
     return np.full(sizes, fill.reshape(()))

@@ -26,6 +26,7 @@ from onnx import helper
 
 from fnml.core import ConfigError, ShapeError, init, leaf_names
 from fnml.interop.onnx import UnsupportedError, from_onnx
+from fnml.interop.onnx._decode import Decoding, Scope, decode_graph
 
 # Both sides compute in float32, in another order.
 TOLERANCE = 1e-4
@@ -366,6 +367,27 @@ def test_filled_arrays_that_are_no_weights_are_no_parameters():
     imported, params = from_onnx(model([fill, add], *ports, [tensor("sizes", [3, 4], np.int64)]))
     assert jax.tree.leaves(params) == []
     np.testing.assert_array_equal(imported.apply(params, np.ones((3, 4), np.float32)), 3.0)
+
+
+def test_a_small_file_cannot_fill_all_memory_with_weights():
+    fills = [
+        helper.make_node("ConstantOfShape", ["sizes"], [name], value=tensor("", [2.0]))
+        for name in ("w", "v")
+    ]
+    products = [
+        helper.make_node("MatMul", ["x", "w"], ["h"]),
+        helper.make_node("MatMul", ["h", "v"], ["y"]),
+    ]
+    ports = [port("x", [1, 3])], [port("y", [1, 3])]
+    proto = model([*fills, *products], *ports, [tensor("sizes", [3, 3], np.int64)])
+    decoding = Decoding(fill=10)
+    graph = decode_graph(proto.graph, Scope("", {"": 21}), decoding)
+    # The second one stays what it is in the file: a shape and a number.
+    assert list(decoding.arrays) == ["w"]
+    assert [step.node.op for step in graph.steps] == ["ConstantOfShape", "MatMul", "MatMul"]
+    imported, params = from_onnx(proto)
+    assert leaf_names(params) == ["v", "w"]
+    np.testing.assert_array_equal(imported.apply(params, np.ones((1, 3), np.float32)), 36.0)
 
 
 def test_softmax_of_products_in_the_billions_is_one():
