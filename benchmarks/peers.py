@@ -42,6 +42,8 @@ class Peer(NamedTuple):
     python: str | None
     named: str
     """The environment variable that names the interpreter."""
+    rows: tuple[str, ...] = tuple(ROWS)
+    """What it takes part in."""
 
 
 def contestants() -> dict[str, Peer]:
@@ -56,6 +58,12 @@ def contestants() -> dict[str, Peer]:
 
     return {
         "fnml": Peer("fnml", "fnml_rows", "", sys.executable, ""),
+        "fnml, 10 steps a call": Peer(
+            "fnml", "fnml_rows", "fused", sys.executable, "", rows=("digits_mlp",)
+        ),
+        "fnml, native": Peer(
+            "fnml", "fnml_rows", "native", sys.executable, "", rows=tuple(ROWS[1:])
+        ),
         "PyTorch": of_torch("eager"),
         "PyTorch, malloc": of_torch("eager+malloc"),
         "PyTorch, compile": of_torch("compile"),
@@ -74,8 +82,9 @@ class Worker:
 
     def __init__(self, peer: Peer, row: str) -> None:
         script = Path(__file__).parent / "peers" / "worker.py"
-        # A waiting thread must not spin: the next contestant needs its core.
-        settings = {"OMP_WAIT_POLICY": "PASSIVE", "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "2"}
+        # OpenMP's threads spin for milliseconds, then sleep, as they do by default: made to sleep at
+        # once (OMP_WAIT_POLICY=PASSIVE), they cost PyTorch three quarters of its speed at small steps.
+        settings = {"JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "2"}
         self._process = subprocess.Popen(
             [str(peer.python), str(script), peer.module, row, peer.variant],
             stdin=subprocess.PIPE,
@@ -201,7 +210,8 @@ def main() -> None:
     wanted = {name: peer for name, peer in wanted.items() if peer.python}
     report: dict[str, Any] = {"machine": machine(), "rows": {}}
     for row in rows:
-        found = measure(row, wanted, options.rounds, options.seconds)
+        peers = {name: peer for name, peer in wanted.items() if row in peer.rows}
+        found = measure(row, peers, options.rounds, options.seconds)
         found["ratios"] = ratios(found)
         report["rows"][row] = found
         print(table(row, found), end="\n\n", flush=True)

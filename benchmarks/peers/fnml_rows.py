@@ -5,11 +5,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax_rows import layers
 from problems import LEARNING_RATE, WEIGHT_DECAY, Problem
 
 import fnml
-from fnml import Mean, Metrics, State, keep_memory, models, train
+from fnml import Mean, Metrics, State, keep_memory, models, train, transforms
 
 PyTree = Any
 
@@ -23,22 +25,31 @@ def on_device(batches: list) -> list:
 
 
 def value(metrics: dict[str, Mean]) -> float:
-    return float(metrics["loss"].value)
+    """Return the loss of the last step."""
+    return float(np.ravel(metrics["loss"].value)[-1])
+
+
+def steps_per_call(variant: str) -> int:
+    return 10 if variant == "fused" else 1
 
 
 def training(
-    params: PyTree, loss_fn: Callable[..., Any], model_state: PyTree = ()
+    params: PyTree, loss_fn: Callable[..., Any], variant: str, model_state: PyTree = ()
 ) -> tuple[State, Callable]:
-    """Return the state and the donating step of a loss function."""
-    keep_memory()
+    """Return the state and the donating step of a loss function; a block of steps if "fused"."""
+    if variant == "native":
+        loss_fn = transforms.native(loss_fn)
     optimizer = optax.adamw(LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     step = train.train_step(jax.value_and_grad(loss_fn, has_aux=True), optimizer)
     params = jax.tree.map(jnp.asarray, params)
     state = State.create(params, optimizer, jax.random.key(0), model_state)
+    if variant == "fused":
+        step = transforms.fuse(step, steps_per_call(variant))
     return state, jax.jit(step, donate_argnums=0)
 
 
 def _gpt(problem: Problem, variant: str) -> tuple[State, Callable]:
+    keep_memory()
     config = models.GPTConfig(**problem.config)
     model = models.gpt(config)
     params = jax.tree.map(lambda p, x: x.reshape(p.shape), model.spec, problem.weights)
@@ -48,21 +59,23 @@ def _gpt(problem: Problem, variant: str) -> tuple[State, Callable]:
         loss = train.next_token(model.apply(params, tokens), targets)
         return loss.value, Metrics(loss.weight)
 
-    return training(params, loss_fn)
+    return training(params, loss_fn, variant)
 
 
 gpt_small = gpt_medium = _gpt
 
 
 def bert(problem: Problem, variant: str) -> tuple[PyTree, Callable]:
-    keep_memory()
-    model = models.encoder(models.EncoderConfig(**problem.config, types=2))
-    params = jax.tree.map(lambda p, x: jnp.asarray(x).reshape(p.shape), model.spec, problem.weights)
+    model = models.encoder(models.EncoderConfig(**problem.config, types=2, stacked=False))
+    weights = problem.weights | {"layers": layers(problem)}
+    params = jax.tree.map(lambda p, x: jnp.asarray(x.reshape(p.shape)), model.spec, weights)
+
+    apply = transforms.native(model.apply) if variant == "native" else model.apply
 
     @jax.jit
     def forward(params: PyTree, batch: Any) -> dict[str, Mean]:
         tokens, types, probe = batch
-        total = jnp.vdot(model.apply(params, tokens, types), probe)
+        total = jnp.vdot(apply(params, tokens, types), probe)
         return {"loss": Mean(total, jnp.ones(()))}
 
     return params, lambda params, batch: (params, forward(params, batch))
@@ -88,10 +101,13 @@ def digits_mlp(problem: Problem, variant: str) -> tuple[State, Callable]:
     model = models.mlp(config)
     *first, last = problem.weights["layers"]
     params = {"hidden": first, "head": last}
-    return training(params, _classifier(lambda params, x, state: (model.apply(params, x), ())))
+    classifier = _classifier(lambda params, x, state: (model.apply(params, x), ()))
+    return training(params, classifier, variant)
 
 
 def cnn(problem: Problem, variant: str) -> tuple[State, Callable]:
+    keep_memory()
+
     def apply(params: PyTree, x: jax.Array, state: PyTree) -> tuple[jax.Array, PyTree]:
         for layer in params["convolutions"]:
             x = models.conv2d(x, layer["kernel"]) + layer["bias"]
@@ -100,14 +116,15 @@ def cnn(problem: Problem, variant: str) -> tuple[State, Callable]:
         x = jax.nn.relu(models.linear(x.reshape(len(x), -1), **first))
         return models.linear(x, **last), ()
 
-    return training(problem.weights, _classifier(apply))
+    return training(problem.weights, _classifier(apply), variant)
 
 
 def resnet(problem: Problem, variant: str) -> tuple[State, Callable]:
+    keep_memory()
     model = models.resnet(models.ResNetConfig(classes=10, **problem.config))
 
     def apply(params: PyTree, x: jax.Array, state: PyTree) -> tuple[jax.Array, PyTree]:
         return model.apply(params, x, state=state, train=True)
 
     state = fnml.init(model.state, jax.random.key(0))
-    return training(problem.weights, _classifier(apply), state)
+    return training(problem.weights, _classifier(apply), variant, state)

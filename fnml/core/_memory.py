@@ -1,9 +1,11 @@
 """How this process keeps its memory, and how much it took at most."""
 
 import ctypes
+import functools
 import importlib.util
 import sys
 from importlib.metadata import entry_points
+from typing import Any
 
 import jax
 
@@ -11,6 +13,10 @@ from fnml.core._errors import ConfigError
 
 # Names and values of glibc's mallopt, from its <malloc.h>.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
+
+_COMPILED = "/jax/core/compile/backend_compile_duration"
+_LONG = 0.1
+"""Seconds: what the compiler leaves after less is not worth a walk through all free blocks."""
 
 
 def keep_memory(arenas: int = 1) -> bool:
@@ -21,6 +27,10 @@ def keep_memory(arenas: int = 1) -> bool:
     memory stays at the run's peak. Models whose step lasts less than about a millisecond gain
     nothing and may lose, since all threads then share ``arenas`` pools: leave it off for those, or
     give each of a few threads its own. Call it before the first computation; no result changes.
+
+    So that what is kept is one step's memory and no more, a call of a compiled function then returns
+    when it has run (``jax_cpu_enable_async_dispatch`` is off), since a step that starts before the
+    last one has freed its blocks takes new ones; and what a compilation leaves is given back.
 
     Args:
       arenas: how many pools there are at most. One gains most.
@@ -46,6 +56,7 @@ def keep_memory(arenas: int = 1) -> bool:
         (_M_TRIM_THRESHOLD, (1 << 31) - 1),
     )
     taken = [mallopt(option, value) for option, value in wanted]
+    _one_step_at_a_time()
     return taken == [1, 1, 1]
 
 
@@ -66,6 +77,19 @@ def peak_memory() -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+@functools.cache
+def _one_step_at_a_time() -> None:
+    """Let no step start before the last one has ended, and none on top of a compiler's leavings."""
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    trim = ctypes.CDLL(None).malloc_trim
+
+    def listen(event: str, duration_secs: float, **_: Any) -> None:
+        if event == _COMPILED and duration_secs > _LONG:
+            trim(0)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
 
 
 def _mallopt() -> "ctypes._NamedFuncPointer | None":

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.flatten_util import ravel_pytree
 
 from fnml.core import ShapeError, init
 from fnml.models import EncoderConfig, encoder
@@ -109,6 +110,41 @@ def test_bfloat16_activations_from_float32_parameters():
     np.testing.assert_array_equal(got, got.astype(jnp.bfloat16).astype(jnp.float32))
     # bfloat16 keeps 8 bits.
     assert 0 < np.linalg.norm(got - want) < 0.05 * np.linalg.norm(want)
+
+
+def _apart(params):
+    """Cut the stacked layers apart."""
+    layers = (jax.tree.map(operator.itemgetter(i), params["layers"]) for i in range(CONFIG.layers))
+    return params | {"layers": list(layers)}
+
+
+def test_the_loop_the_unrolled_loop_and_layers_apart_compute_the_same():
+    def run(params, **form):
+        model = encoder(dataclasses.replace(CONFIG, dropout=0.2, **form))
+        assert jax.tree.map(jnp.shape, params) == jax.tree.map(lambda p: p.shape, model.spec)
+
+        def loss(params):
+            out = model.apply(params, TOKENS, TYPES, lengths=LENGTHS, key=jax.random.key(2))
+            return jnp.sum(out * jnp.cos(out)), out
+
+        return jax.jit(jax.grad(loss, has_aux=True))(params)
+
+    def close(got, want):
+        # XLA fuses across layers where it sees them, so roundings differ, by a few per number.
+        for one, other in zip(got, want, strict=True):
+            one, other = ravel_pytree(one)[0], ravel_pytree(other)[0]
+            assert jnp.linalg.norm(one - other) <= 1e-5 * jnp.linalg.norm(other)
+
+    rolled = run(PARAMS, unroll=1)
+    close(run(PARAMS, unroll=8), rolled)
+    close(run(_apart(PARAMS), stacked=False), (_apart(rolled[0]), rolled[1]))
+
+
+def test_layers_apart_are_drawn_each_for_itself():
+    spec = encoder(dataclasses.replace(CONFIG, stacked=False)).spec
+    first, second, _ = init(spec, jax.random.key(0))["layers"]
+    assert spec["layers"][0]["mlp"]["up"]["kernel"].axes == ("embed", "mlp")
+    assert not np.allclose(first["mlp"]["up"]["kernel"], second["mlp"]["up"]["kernel"])
 
 
 def test_inputs_that_do_not_fit_are_refused_together():
