@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core as jex_core
 
+from fnml.transforms._platform import chosen_platform, possible
 from fnml.transforms._sites import functions, joined, last_reads, scopes, within
 from fnml.transforms._walk import bodies, trace
 
@@ -31,7 +32,10 @@ _ELEMENTWISE = frozenset(
     )
 )
 _FREE = frozenset(
-    ("reshape", "squeeze", "expand_dims", "broadcast_in_dim", "name", "stop_gradient", "iota")
+    (
+        *("reshape", "squeeze", "expand_dims", "broadcast_in_dim", "name", "stop_gradient", "iota"),
+        "platform_index",
+    )
 )
 
 
@@ -96,19 +100,33 @@ class Cost:
         return table
 
 
-def cost(function: Callable[..., PyTree], *args: Any, depth: int = 3, **options: Any) -> Cost:
+def cost(
+    function: Callable[..., PyTree],
+    *args: Any,
+    depth: int = 3,
+    platform: str | None = None,
+    **options: Any,
+) -> Cost:
     """Count FLOPs, bytes and memory of a function, by named block; nothing is compiled or run.
 
     Arguments may be abstract (:func:`fnml.core.abstract`, ``jax.ShapeDtypeStruct``). The body of
     a scan counts once per turn, where XLA's own analysis counts a loop's body once; of a
     ``cond`` the dearest branch counts, of a ``while`` one turn. A convolution's products with
-    its padding do not count, as in XLA.
+    its padding do not count, as in XLA. Of branches by platform (``lax.platform_dependent``: the
+    kernels, convolutions) the one for ``platform`` counts. A Pallas kernel counts as it states;
+    one that states nothing counts as the default branch beside it, and as nothing where it has
+    none.
 
     Args:
       function: any function of arrays, such as a loss or its gradient.
       *args: its arguments, arrays or abstract.
       depth: how many segments a block's name has at most.
+      platform: "cpu", "cuda", "rocm" or "tpu", or "other" for the defaults everywhere; by default
+        that of JAX's default device.
       **options: keywords of the function.
+
+    Raises:
+      ConfigError: there is no such platform.
 
     >>> x, w = jax.ShapeDtypeStruct((8, 16), "float32"), jax.ShapeDtypeStruct((16, 4), "float32")
     >>> found = cost(lambda x, w: x @ w, x, w)
@@ -116,7 +134,7 @@ def cost(function: Callable[..., PyTree], *args: Any, depth: int = 3, **options:
     (1024.0, 896.0, 896)
     """
     closed = trace(function, args, options).closed
-    tally = _Tally(depth)
+    tally = _Tally(depth, chosen_platform(platform))
     peak = tally.add(closed, 1, (), ())
     arguments = sum(map(_nbytes, closed.in_avals)) + sum(
         _nbytes(jnp.asarray(c)) for c in closed.consts
@@ -150,8 +168,9 @@ def _used(jaxpr: Any) -> list[Any]:
 class _Tally:
     """Sums by block, while a jaxpr is walked."""
 
-    def __init__(self, depth: int) -> None:
+    def __init__(self, depth: int, platform: str) -> None:
         self.depth = depth
+        self.platform = platform
         self.blocks: dict[str, Block] = {}
         self.unbounded = False
 
@@ -184,8 +203,8 @@ class _Tally:
             return kept + self.add(inner[0], times * params["length"], stack, path)
         if name == "cond":
             sides = []
-            for body in inner:
-                side = _Tally(self.depth)
+            for body in possible(eqn, inner, self.platform):
+                side = _Tally(self.depth, self.platform)
                 sides.append((side, side.add(body, times, stack, path)))
             dearest, _ = max(
                 sides, key=lambda s: sum(b.flops + b.bytes for b in s[0].blocks.values())
@@ -206,7 +225,9 @@ class _Tally:
         name = "/".join(stack[: self.depth]) or "(no name)"
         flops, products, transcendentals = _operations(eqn)
         moved = 0
-        if eqn.primitive.name not in _FREE:
+        if (stated := _stated(eqn)) is not None:
+            moved = stated.bytes_accessed
+        elif eqn.primitive.name not in _FREE:
             moved = sum(_nbytes(v.aval) for v in (*eqn.invars, *eqn.outvars))
         self._put(Block(name, *(times * n for n in (flops, products, transcendentals, moved))))
 
@@ -227,6 +248,9 @@ def _operations(eqn: Any) -> tuple[float, float, float]:
     if name == "conv_general_dilated":
         products = _convolution(eqn)
         return products, products, 0.0
+    if (stated := _stated(eqn)) is not None:
+        products = stated.flops if _multiplies(eqn.params["jaxpr"]) else 0
+        return float(stated.flops), float(products), float(stated.transcendentals)
     if name in _TRANSCENDENTAL:
         return 0.0, 0.0, float(size)
     if name in _ELEMENTWISE:
@@ -238,6 +262,20 @@ def _operations(eqn: Any) -> tuple[float, float, float]:
     if name in ("cumsum", "cumprod", "cummax", "cummin"):
         return float(size), 0.0, 0.0
     return 0.0, 0.0, 0.0
+
+
+def _stated(eqn: Any) -> Any:
+    """Return what a Pallas kernel says that it costs, or ``None``."""
+    return eqn.params.get("cost_estimate") if eqn.primitive.name == "pallas_call" else None
+
+
+def _multiplies(jaxpr: Any) -> bool:
+    """Tell whether a kernel's work is matrix products: it does not state them apart."""
+    return any(
+        eqn.primitive.name == "dot_general"
+        or any(map(_multiplies, jex_core.jaxprs_in_params(eqn.params)))
+        for eqn in jaxpr.eqns
+    )
 
 
 def _convolution(eqn: Any) -> float:

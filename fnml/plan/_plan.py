@@ -186,7 +186,8 @@ def plan(
     count = len(jax.tree.leaves(state))
     if model_flops is None:
         with jax.sharding.use_abstract_mesh(mesh):
-            model_flops = cost(step, state, batch).total.products
+            # In the plain forms: what a kernel computes twice is no work of the model's.
+            model_flops = cost(step, state, batch, platform="other").total.products
     exported = export_step(step, leaves, tree, mesh, chosen.chip.platform)
     donated = range(count) if donate else ()
     compiled = compile_for(chosen, mesh, exported, donated, python=python, cache=cache)
@@ -195,7 +196,7 @@ def plan(
     program = parse(compiled.text)
     done, said = work(program), tuple(collectives(program))
     if done.unstated:
-        done = _stated(done, step, state, batch, mesh)
+        done = _stated(done, step, state, batch, mesh, chosen.chip.platform)
     kernels = sum(times for i, times in program.run() if is_kernel(i))
     return Plan(
         target=chosen,
@@ -213,11 +214,16 @@ def plan(
 
 
 def _stated(
-    done: Work, step: Callable[..., Any], state: PyTree, batch: PyTree, mesh: AbstractMesh
+    done: Work,
+    step: Callable[..., Any],
+    state: PyTree,
+    batch: PyTree,
+    mesh: AbstractMesh,
+    platform: str,
 ) -> Work:
     """Add what the program's kernels compute: by the step's trace, where they do not state it."""
     with jax.sharding.use_abstract_mesh(mesh):
-        each = cost(step, state, batch).total.products / mesh.size
+        each = cost(step, state, batch, platform=platform).total.products / mesh.size
     known = sum(done.flops.values())
     main = max(done.flops, key=done.flops.__getitem__, default="bf16")
     added = {main: done.flops.get(main, 0.0) + max(0.0, each - known)}

@@ -12,7 +12,18 @@ from flax import linen, nnx
 
 from fnml import from_linen, from_nnx
 from fnml.core import Mean, Metrics, Model, init, shard_key
-from fnml.models import CNNConfig, GPTConfig, MLPConfig, cnn, gpt, mlp
+from fnml.models import (
+    CNNConfig,
+    EncoderConfig,
+    GPTConfig,
+    MLPConfig,
+    ResNetConfig,
+    cnn,
+    encoder,
+    gpt,
+    mlp,
+    resnet,
+)
 from fnml.train import accuracy, cross_entropy, next_token
 
 PyTree = Any
@@ -137,6 +148,38 @@ def _text(rate: float) -> Case:
     return Case(loss_fn, init(model.spec, jax.random.key(0)), (), batches, rate == 0)
 
 
+def _hidden_words() -> Case:
+    """Guess the tokens of sequences of unequal lengths that were replaced by token 0."""
+    model = encoder(
+        EncoderConfig(
+            vocab=11, width=8, layers=2, heads=2, context=6, types=2, dropout=0.2, unroll=1
+        )
+    )
+    rng = np.random.default_rng(2)
+    tokens = rng.integers(1, 11, (STEPS, B, 6)).astype(np.int32)
+    lengths = rng.integers(1, 7, (STEPS, B)).astype(np.int32)
+    lengths[:, :2] = 2
+    hidden = rng.random((STEPS, B, 6)) < 0.5
+    hidden[:, :2] = False  # nothing is asked of the first quarter of every batch
+    hidden[:, 2, 0] = True
+    batches = {
+        "tokens": np.where(hidden, 0, tokens),
+        "types": rng.integers(0, 2, (STEPS, B, 6)).astype(np.int32),
+        "lengths": lengths,
+        "targets": tokens,
+        "asked": (hidden & (np.arange(6) < lengths[..., None])).astype(np.float32),
+    }
+
+    def loss_fn(params, batch, key):
+        x = model.apply(params, batch["tokens"], batch["types"], lengths=batch["lengths"], key=key)
+        logits = x @ params["embed"]["token"].astype(x.dtype).T
+        loss = cross_entropy(logits, batch["targets"], weights=batch["asked"])
+        right = accuracy(logits, batch["targets"], weights=batch["asked"])
+        return loss.value, Metrics(loss.weight, {"accuracy": right})
+
+    return Case(loss_fn, init(model.spec, jax.random.key(0)), (), batches, False)
+
+
 class Convolution(linen.Module):
     """A guest that keeps state."""
 
@@ -167,7 +210,9 @@ def cases() -> dict[str, Case]:
         "mlp": _images(mlp(MLPConfig(inputs=32, hidden=(16, 16), outputs=5)), whole=True),
         "cnn": _images(network),
         "cnn_in_bfloat16": _images(network, dtype=jnp.bfloat16),
+        "resnet": _images(resnet(ResNetConfig(classes=5, channels=2, widths=(4,), blocks=(1,)))),
         "gpt": _text(0.2),
+        "encoder": _hidden_words(),
         "gpt_without_dropout": _text(0.0),
         "linen": _images(from_linen(Convolution(), jnp.ones((1, 4, 4, 2)))[0]),
         "nnx": _images(from_nnx(Perceptron)[0], keyed=True),

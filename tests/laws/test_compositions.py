@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from fnml.core import FnmlError, Metrics, Model, ShapeError, State, init
 from fnml.models import MLPConfig, mlp
@@ -47,7 +48,9 @@ from fnml.transforms import (
     remat,
     sam,
     scaled_value_and_grad,
+    shard,
     skip_nonfinite,
+    state_shardings,
     with_loss_scale,
 )
 
@@ -103,6 +106,20 @@ def scale_losses(t: Training) -> Training:
     return Training(lambda g: loss_scaling(t.make_step, g), with_loss_scale(t.state), t.batch)
 
 
+def divide(t: Training) -> Training:
+    """Let the compiler divide each parameter by its last even dimension, and every batch."""
+    where = mesh()
+
+    def halves(p: jax.Array) -> NamedSharding:
+        even = [axis for axis, size in enumerate(p.shape) if size % 2 == 0]
+        return NamedSharding(where, P(*[None] * even[-1], "data") if even else P())
+
+    shardings = state_shardings(t.state, jax.tree.map(halves, t.state.params))
+    # The batches of several steps lie stacked.
+    batch = P("data") if t.batch["x"].ndim == BATCH["x"].ndim else P(None, "data")
+    return t._replace(make_step=lambda g: shard(t.make_step(g), where, shardings, batch))
+
+
 def train(transform: Callable[[Training], Training], optimizer: Any = SGD) -> State:
     """Apply a step transform and call the step that comes out once."""
     start = State.create(PARAMS, optimizer, KEY)
@@ -144,6 +161,7 @@ STEP_TRANSFORMS: dict[str, Transform] = {
     "fuse": on_step(lambda step: fuse(step, 2), batch=stack),
     "loss_scaling": scale_losses,
     "population": on_step(lambda step: population(step, mode="map"), state=stack),
+    "shard": divide,
     "skip_nonfinite": on_step(skip_nonfinite),
 }
 KINDS: dict[str, Kind] = {
@@ -292,6 +310,12 @@ def test_refusals_name_the_rule_and_the_order_that_works() -> None:
                 reason = line.split("refused:")[1]
                 # An order that works is spelt out; what cannot be done twice names its cure.
                 assert any(word in reason for word in ("(", "keep=", "once")), line
+
+
+def test_what_shard_made_lies_on_two_devices() -> None:
+    kernels = [p for p in jax.tree.leaves(train(divide).params) if p.ndim == 2]
+    assert kernels and all(len(p.sharding.device_set) == 2 for p in kernels)
+    assert all(p.addressable_shards[0].data.size == p.size // 2 for p in kernels)
 
 
 def test_a_pair_that_is_not_laid_out_alike_does_not_pass_for_one_that_commutes() -> None:

@@ -50,8 +50,13 @@ def value_and_grad(loss_fn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def varied(case: Case) -> bool:
-    """Leave out the models that differ from another one in a single point."""
-    return case not in (CASES["cnn"], CASES["gpt_without_dropout"])
+    """Leave out the models that differ from another one in a point or two."""
+    return case not in (CASES[name] for name in ("cnn", "resnet", "encoder", "gpt_without_dropout"))
+
+
+def every(case: Case) -> bool:
+    """Add the models that share their parts with others, for laws about how a model is built."""
+    return varied(case) or case in (CASES["encoder"], CASES["resnet"])
 
 
 def whole(case: Case) -> bool:
@@ -167,7 +172,12 @@ def clipped_by_hand(case: Case) -> Any:
 
 
 LAWS = [
-    Law("accumulate is the weighted mean of shards", accumulated, lambda case: case.shards(4)),
+    Law(
+        "accumulate is the weighted mean of shards",
+        accumulated,
+        lambda case: case.shards(4),
+        every,
+    ),
     Law("accumulate is the whole batch", accumulated, plain, whole),
     Law(
         "accumulate 2 of accumulate 2 is accumulate 4",
@@ -176,8 +186,12 @@ LAWS = [
         exact=True,
     ),
     *(
-        Law(f"remat {policy} {scope} changes nothing", rematerialised(policy, scope), plain)
-        for policy, scope in (("nothing", "layers"), ("dots", "layers"), ("nothing", "whole"))
+        Law(f"remat {policy} {scope} changes nothing", rematerialised(policy, scope), plain, holds)
+        for policy, scope, holds in (
+            ("nothing", "layers", every),
+            ("dots", "layers", varied),
+            ("nothing", "whole", varied),
+        )
     ),
     Law(
         "accumulate of remat is accumulate",
@@ -388,8 +402,9 @@ STEP_LAWS = [
             f"fuse has the bits of single steps, {name}",
             functools.partial(fused, transform=name),
             functools.partial(stepped, transform=name),
+            ("mlp", "cnn", "gpt", *more),
         )
-        for name in STEPPED
+        for name, more in (("plain", ("resnet", "encoder")), ("accumulate of remat", ()))
     ),
     StepLaw("skip_nonfinite changes nothing finite", skipping, stepped),
     StepLaw("a member of a population trains as alone", crowd, each_alone),

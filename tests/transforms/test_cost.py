@@ -1,12 +1,15 @@
 """Counts against XLA's own analysis, and loops against their unrolled form."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
 
-from fnml.core import abstract
+from fnml.core import ConfigError, abstract
 from fnml.models import CNNConfig, GPTConfig, MLPConfig, cnn, gpt, mlp
+from fnml.pallas_kernels import attention
 from fnml.train import next_token
 from fnml.transforms import cost
 
@@ -113,6 +116,56 @@ def test_of_branches_the_dearest_counts_and_a_while_is_marked():
     assert found.total.products == 3 * 2 * 16**3 and found.unbounded
     assert "one turn" in found.table().caption
     assert not cost(lambda x: x @ x, shape(16, 16)).unbounded
+
+
+def test_of_branches_by_platform_the_one_that_would_run_counts():
+    def f(x):
+        return lax.platform_dependent(
+            x, cpu=lambda x: x @ x, tpu=lambda x: x @ x @ x, default=lambda x: x + 1
+        )
+
+    def products(function, platform=None):
+        return cost(function, shape(4, 4), platform=platform).total.products / (2 * 4**3)
+
+    every = {"cpu": 1, "tpu": 2, "cuda": 0, "rocm": 0, "other": 0, None: 1}
+    assert {p: products(f, p) for p in every} == every
+    # Backward each product is two more, in a second choice by the index computed forward.
+    gradient = jax.grad(lambda x: f(x).sum())
+    assert [products(gradient, p) for p in ("cpu", "tpu", "cuda")] == [3, 6, 0]
+    only = functools.partial(lax.platform_dependent, tpu=lambda x: x @ x, cuda=lambda x: x)
+    assert products(only, "cpu") == 1, "none is for a CPU: the dearest"
+    with pytest.raises(ConfigError, match=r"platform='cdua'.* Did you mean 'cuda'"):
+        products(f, "cdua")
+
+
+def test_elsewhere_than_on_a_cpu_convolutions_count_in_their_plain_form():
+    def products(form, platform):
+        model = cnn(CNNConfig(classes=10, channels=1, widths=(16, 32), form=form))
+        state = abstract(model.state)
+
+        def loss(p, x):
+            return jnp.sum(model.apply(p, x, state=state, train=True)[0] ** 2)
+
+        args = abstract(model.spec), shape(4, 28, 28, 1)
+        return cost(jax.grad(loss), *args, platform=platform).total.products
+
+    assert products("auto", "cuda") == products("auto", "other") == products("xla", "cpu") > 0
+
+
+def test_a_kernel_counts_as_it_states_or_as_the_form_beside_it():
+    B, T, H, D = 1, 512, 2, 64
+    q = shape(B, T, H, D, dtype=jnp.bfloat16)
+
+    def found(platform, **options):
+        return cost(lambda q: attention(q, q, q, causal=True, **options), q, platform=platform)
+
+    pairs = H * T * (T + 1) / 2
+    assert found("tpu").total.products == 2 * 2 * D * pairs
+    assert found("tpu").total.bytes < found("cpu").total.bytes / 5
+    # Kernels for GPUs, and foreign functions, do not state what they compute.
+    for platform in ("cuda", "cpu"):
+        beside = found(platform, implementation="lax").total
+        assert found(platform).total.products == beside.products > 0
 
 
 def test_what_nothing_depends_on_is_not_counted():
