@@ -20,7 +20,16 @@ from rich import print
 from rich.table import Table
 from turns import turns
 
-from fnml.pallas_kernels import attention, quantized_matmul, rms_norm
+from fnml.pallas_kernels import (
+    attention,
+    decode_attention,
+    grouped_matmul,
+    layer_norm,
+    linear_cross_entropy,
+    quantize_cache,
+    quantized_matmul,
+    rms_norm,
+)
 
 
 class Row(NamedTuple):
@@ -54,9 +63,6 @@ def attention_rows() -> list[Row]:
         def call(**options: Any) -> Callable[..., Any]:
             return lambda q, k, v: attention(q, k, v, causal=True, **options)
 
-        def cudnn(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-            return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
-
         def grads(function: Callable[..., Any]) -> Callable[..., Any]:
             def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
                 return jnp.sin(function(q, k, v).astype(jnp.float32)).sum()
@@ -65,7 +71,7 @@ def attention_rows() -> list[Row]:
 
         forward = {
             "fnml": call(implementation="pallas"),
-            "cuDNN": cudnn,
+            "cuDNN": call(implementation="cudnn"),
             "lax (XLA)": call(implementation="lax"),
         }
         products = 2 * B * H * T * (T + 1) / 2 * D
@@ -83,54 +89,173 @@ def attention_rows() -> list[Row]:
     return rows
 
 
+def _normed(norm: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    return lambda x, y, scale: norm(x, scale, residual=y, **options)
+
+
+def _and_gradients(function: Callable[..., Any]) -> Callable[..., Any]:
+    def back(x: jax.Array, y: jax.Array, scale: jax.Array) -> Any:
+        # Arrays at hand stand in for the gradients of the results.
+        (out, _), vjp = jax.vjp(lambda x, scale: function(x, y, scale), x, scale)
+        return vjp((out, y))
+
+    return back
+
+
 def norm_rows() -> list[Row]:
-    """A sum and its RMS norm in bfloat16; there is no hand-written body on a GPU."""
+    """A sum and its norm in bfloat16, forward, and with gradients."""
     keys = jax.random.split(jax.random.key(0), 2)
     x, y = (jax.random.normal(key, (8192, 4096), jnp.bfloat16) for key in keys)
-
-    def call(**options: Any) -> Callable[..., Any]:
-        return lambda x, y, scale: rms_norm(x, scale, y, **options)
-
-    contestants = {"fnml (XLA)": call(), "textbook": call(implementation="reference")}
-    reference = contestants["textbook"]
     arrays = (x, y, jnp.ones(4096, jnp.float32))
-    return [
-        Row("rms_norm with a sum 8192x4096", arrays, contestants, reference, 1e-2, 0, 4 * x.nbytes)
-    ]
+    rows = []
+    for norm in (rms_norm, layer_norm):
+        forward = {
+            "fnml": _normed(norm, implementation="pallas"),
+            "lax (XLA)": _normed(norm, implementation="lax"),
+            "textbook": _normed(norm, implementation="reference"),
+        }
+        # Two arrays in and two out; the gradients take three more in and one out.
+        for part, wrap, count in (("forward", lambda f: f, 4), ("gradients", _and_gradients, 8)):
+            contestants = {name: wrap(function) for name, function in forward.items()}
+            name = f"{norm.__name__} with a sum 8192x4096, {part}"
+            reference = contestants["textbook"]
+            rows.append(Row(name, arrays, contestants, reference, 2e-2, 0, count * x.nbytes))
+    return rows
+
+
+def _quantized(bits: int, **options: Any) -> Callable[..., Any]:
+    return lambda x, codes, scale, weight: quantized_matmul(x, codes, scale, bits=bits, **options)
 
 
 def quantized_rows() -> list[Row]:
-    """One row times 4096 x 8192 codes; there is no hand-written body on a GPU."""
-    keys = jax.random.split(jax.random.key(0), 2)
-    x = jax.random.normal(keys[0], (1, 4096), jnp.bfloat16)
-    codes = jax.random.randint(keys[1], (4096, 8192), -127, 128, jnp.int8)
-    scale = jnp.full((32, 8192), 0.01, jnp.float32)
-    weight = (codes.astype(jnp.float32) * 0.01).astype(jnp.bfloat16)
+    """A few rows times 4096 x 8192 codes, int8 and int4, beside bfloat16 weights."""
+    rows = []
+    for bits, M in ((8, 1), (4, 1), (8, 8)):
+        keys = jax.random.split(jax.random.key(0), 2)
+        x = jax.random.normal(keys[0], (M, 4096), jnp.bfloat16)
+        scale = jnp.full((32, 8192), 0.01, jnp.float32)
+        if bits == 8:
+            whole = codes = jax.random.randint(keys[1], (4096, 8192), -127, 128, jnp.int8)
+        else:
+            codes = jax.random.randint(keys[1], (2048, 8192), 0, 256, jnp.uint8)
+            whole = jnp.concatenate([codes & 15, codes >> 4]).astype(jnp.int8) - 8
+        weight = (whole.astype(jnp.float32) * 0.01).astype(jnp.bfloat16)
+        contestants = {
+            "fnml": _quantized(bits, implementation="pallas"),
+            "lax (XLA)": _quantized(bits, implementation="lax"),
+            "dequantise, then x @ w": _quantized(bits, implementation="reference"),
+            "bfloat16 weights": lambda x, codes, scale, weight: x @ weight,
+        }
+        reference = contestants["dequantise, then x @ w"]
+        arrays = (x, codes, scale, weight)
+        name = f"quantized_matmul int{bits} {M}x4096x8192"
+        rows.append(Row(name, arrays, contestants, reference, 2e-2, 0, codes.nbytes))
+    return rows
+
+
+def decode_rows() -> list[Row]:
+    """One token of 16 sequences against a full cache of 8192, in bfloat16 and in bytes."""
+    B, S, H, K, D = 16, 8192, 32, 8, 128
+    keys = jax.random.split(jax.random.key(0), 3)
+    q = jax.random.normal(keys[0], (B, 1, H, D), jnp.bfloat16)
+    k, v = (jax.random.normal(key, (B, S, K, D), jnp.bfloat16) for key in keys[1:])
+    (k8, k_scale), (v8, v_scale) = quantize_cache(k), quantize_cache(v)
+    lengths = jnp.full(B, S, jnp.int32)
 
     def call(**options: Any) -> Callable[..., Any]:
-        return lambda x, codes, scale, weight: quantized_matmul(x, codes, scale, **options)
+        def run(q: Any, k: Any, v: Any, lengths: Any, *scales: Any) -> jax.Array:
+            named = dict(zip(("k_scale", "v_scale"), scales, strict=False))
+            return decode_attention(q, k, v, lengths, **named, **options)
 
-    contestants = {
-        "fnml (XLA)": call(),
-        "dequantise, then x @ w": call(implementation="reference"),
-        "bfloat16 weights": lambda x, codes, scale, weight: x @ weight,
-    }
-    reference = contestants["dequantise, then x @ w"]
-    arrays = (x, codes, scale, weight)
+        return run
+
+    def cudnn(q: Any, k: Any, v: Any, lengths: Any) -> jax.Array:
+        lengths = {"query_seq_lengths": jnp.ones_like(lengths), "key_value_seq_lengths": lengths}
+        return jax.nn.dot_product_attention(q, k, v, implementation="cudnn", **lengths)
+
+    ours = {"fnml": call(implementation="pallas"), "lax (XLA)": call(implementation="lax")}
+    reference = call(implementation="lax")
+    codes = (q, k8, v8, lengths, k_scale, v_scale)
+    moved = 2 * k8.nbytes + 2 * k_scale.nbytes
     return [
         Row(
-            "quantized_matmul int8 1x4096x8192",
-            arrays,
-            contestants,
+            f"decode_attention B={B} S={S} H={H} K={K} D={D}",
+            (q, k, v, lengths),
+            {**ours, "cuDNN": cudnn},
             reference,
-            2e-2,
+            1e-2,
             0,
-            codes.nbytes,
+            2 * k.nbytes,
+        ),
+        Row("decode_attention int8, the same", codes, ours, reference, 1e-2, 0, moved),
+    ]
+
+
+def grouped_rows() -> list[Row]:
+    """8192 rows of 8 unequal groups times 1024 x 2816, value and gradients."""
+    N, E, D, F = 8192, 8, 1024, 2816
+    keys = jax.random.split(jax.random.key(0), 2)
+    x = jax.random.normal(keys[0], (N, D), jnp.bfloat16)
+    w = jax.random.normal(keys[1], (E, D, F), jnp.bfloat16)
+    sizes = jnp.array([1700, 300, 1024, 1000, 2000, 90, 1078, 1000], jnp.int32)
+
+    def call(**options: Any) -> Callable[..., Any]:
+        return lambda x, w, sizes: grouped_matmul(x, w, sizes, **options)
+
+    def grads(function: Callable[..., Any]) -> Callable[..., Any]:
+        def loss(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
+            return (function(x, w, sizes).astype(jnp.float32) ** 2).sum()
+
+        return jax.grad(loss, (0, 1))
+
+    contestants = {
+        "fnml": call(implementation="pallas"),
+        "lax (XLA)": call(implementation="lax"),
+        "ragged_dot": jax.lax.ragged_dot,
+    }
+    return [
+        Row(
+            f"grouped_matmul {part} {N} x {D} x {F}, {E} groups",
+            (x, w, sizes),
+            {name: wrap(function) for name, function in contestants.items()},
+            wrap(call(implementation="lax")),
+            1e-2 if part == "forward" else 2e-2,
+            flops=count * 2 * N * D * F,
+        )
+        for part, wrap, count in (("forward", lambda f: f, 1), ("gradient", grads, 3))
+    ]
+
+
+def loss_rows() -> list[Row]:
+    """The loss of 8192 tokens and 32768 classes, and with its gradient."""
+    N, D, V = 8192, 1024, 32768
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], (N, D), jnp.bfloat16)
+    w = jax.random.normal(keys[1], (D, V), jnp.bfloat16) * D**-0.5
+    labels = jax.random.randint(keys[2], (N,), 0, V)
+
+    def call(**options: Any) -> Callable[..., Any]:
+        return lambda x, w, labels: linear_cross_entropy(x, w, labels, **options)[0] / N
+
+    bodies = {"fnml": "pallas", "lax (XLA)": "lax", "textbook": "reference"}
+    contestants = {name: call(implementation=body) for name, body in bodies.items()}
+    return [
+        Row(
+            f"linear_cross_entropy {part} {N} x {D} x {V}",
+            (x, w, labels),
+            {name: wrap(function) for name, function in contestants.items()},
+            wrap(call(implementation="lax")),
+            2e-2,
+            flops=count * 2 * N * D * V,
+        )
+        for part, wrap, count in (
+            ("forward", lambda f: f, 1),
+            ("gradient", lambda f: jax.value_and_grad(f, (0, 1)), 3),
         )
     ]
 
 
-TABLES = (attention_rows, norm_rows, quantized_rows)
+TABLES = (attention_rows, norm_rows, quantized_rows, decode_rows, grouped_rows, loss_rows)
 
 
 def repeated(function: Callable[..., Any], times: int) -> Callable[..., Any]:

@@ -7,13 +7,16 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 from jax import lax
 
-from fnml.core import ConfigError, ShapeError, nearest
+from fnml.core import ConfigError, ShapeError, divided, nearest
 from fnml.models import _conv_forms as forms
+from fnml.models import _conv_native
 from fnml.models._conv_forms import Slide
 from fnml.models._floats import refuse_integers
 from fnml.models._formulation import ConvForm, ConvForms, conv2d_forms
+from fnml.pallas_kernels.native import active, conv2d_faults, on_cpu
 
 Padding = Literal["SAME", "VALID"]
+_Form = Callable[..., jax.Array]
 
 _FORWARD: dict[str, Callable[..., jax.Array]] = {
     "winograd": forms.winograd,
@@ -38,22 +41,30 @@ class _Plan(NamedTuple):
     forms: ConvForms
     everywhere: bool
     """Whether these forms hold on every platform, instead of XLA's own on all but a CPU."""
+    native: bool
+    """Whether C++ takes their place on a CPU."""
 
-    def run(
-        self, ours: Callable[..., jax.Array], xla: Callable[..., jax.Array], *operands: jax.Array
-    ) -> jax.Array:
-        if self.everywhere:
-            return ours(*operands, self.slide)
-        return lax.platform_dependent(
-            *operands,
-            cpu=lambda *operands: ours(*operands, self.slide),
-            default=lambda *operands: xla(*operands, self.slide),
+    def run(self, ours: _Form, xla: _Form, native: _Form, *operands: jax.Array) -> jax.Array:
+        def otherwise(*operands: jax.Array) -> jax.Array:
+            if self.everywhere:
+                return ours(*operands, self.slide)
+            return lax.platform_dependent(
+                *operands,
+                cpu=lambda *operands: ours(*operands, self.slide),
+                default=lambda *operands: xla(*operands, self.slide),
+            )
+
+        if not self.native:
+            return otherwise(*operands)
+        out: jax.Array = on_cpu(
+            lambda *operands: native(*operands, self.slide), otherwise, *operands
         )
+        return out
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _conv2d(x: jax.Array, kernel: jax.Array, plan: _Plan) -> jax.Array:
-    return plan.run(_FORWARD[plan.forms.forward], forms.xla, x, kernel)
+    return plan.run(_FORWARD[plan.forms.forward], forms.xla, _conv_native.native, x, kernel)
 
 
 def _forward(x: jax.Array, kernel: jax.Array, plan: _Plan) -> Any:
@@ -65,8 +76,16 @@ def _backward(
 ) -> tuple[jax.Array, jax.Array]:
     to_x, to_kernel = _INPUT_GRADIENT[plan.forms.input], _KERNEL_GRADIENT[plan.forms.kernel]
     return (
-        plan.run(to_x, forms.xla_input_gradient, *residuals, grad),
-        plan.run(to_kernel, forms.xla_kernel_gradient, *residuals, grad),
+        plan.run(
+            to_x, forms.xla_input_gradient, _conv_native.native_input_gradient, *residuals, grad
+        ),
+        plan.run(
+            to_kernel,
+            forms.xla_kernel_gradient,
+            _conv_native.native_kernel_gradient,
+            *residuals,
+            grad,
+        ),
     )
 
 
@@ -128,6 +147,10 @@ def conv2d(
     - ``"shifted"``: one product for each of the kernel's positions.
     - ``"xla"``: XLA's own operation, which breaks the law below on a CPU.
 
+    Within :func:`fnml.pallas_kernels.native_kernels`, ``"auto"`` is C++ on a CPU, for float32: the
+    products are summed in registers while the image is read where it lies, what is outside the
+    image is not multiplied, and kernels of three rows with stride 1 go through Winograd's form.
+
     The first two and ``"auto"`` have a custom VJP, so there is no forward mode (``jax.jvp``);
     reverse over reverse works. The last two know every mode.
 
@@ -167,4 +190,6 @@ def conv2d(
     if form == "shifted":
         return forms.shifted(x, kernel, slide)
     chosen = conv2d_forms(kernel.shape, stride, slide.outputs(x, kernel)[0], x.dtype, form)
-    return _conv2d(x, kernel, _Plan(slide, chosen, form != "auto"))
+    # The compiler cannot divide a call of C++ over devices.
+    native = form == "auto" and active() and not divided() and not conv2d_faults(x, kernel)
+    return _conv2d(x, kernel, _Plan(slide, chosen, form != "auto", native))

@@ -79,3 +79,15 @@ def conv2d_forms(
         ):
             return row.forms
     raise AssertionError("the last line of the table holds for everything")
+
+
+def native_winograd(kernel: tuple[int, ...], stride: int, rows: int) -> bool:
+    """Tell whether the convolution in C++ by a kernel [h, w, C, F] to ``rows`` rows mixes them.
+
+    Measured as the table above, with 1 to 512 channels: where it can, it takes 0.5 to 0.9 of the
+    time of the direct form, the less the more rows there are.
+
+    >>> native_winograd((3, 3, 64, 64), 1, 32), native_winograd((3, 3, 64, 64), 2, 32)
+    (True, False)
+    """
+    return kernel[0] == 3 and stride == 1 and rows >= 4

@@ -10,6 +10,24 @@ from jax import lax
 from fnml.core import ShapeError, divided
 from fnml.models._floats import refuse_integers
 from fnml.pallas_kernels import QuantizedMatrix
+from fnml.pallas_kernels.native import (
+    active,
+    linear_faults,
+    linear_forward,
+    linear_input_gradient,
+    linear_kernel_gradient,
+    on_cpu,
+)
+
+_LEAST_IN_CPP = {"rows": 128, "inner": 64, "columns": 64}
+"""The sizes from which all three products are faster in C++ than XLA's, measured on two cores with
+AVX-512: with fewer rows copying the kernel costs more than it gains, and a narrow result leaves
+parts of vectors unused."""
+
+_MOST_IN_CPP = 2**18
+"""The numbers of a kernel up to which they are: of 256 x 704 the kernel's gradient takes the time
+of XLA's, of 768 x 768 more, and a BERT's forward pass, whose kernels come from memory, gains
+nothing."""
 
 
 def _dot(
@@ -47,6 +65,65 @@ def _backward(
 _linear.defvjp(_forward, _backward)
 
 
+def _plus(rows: jax.Array, bias: jax.Array | None) -> jax.Array:
+    if bias is None:
+        return rows
+    return rows + jnp.expand_dims(bias.astype(rows.dtype), tuple(range(rows.ndim - 1)))
+
+
+# The same in C++, for float32 rows: the bias is added, and its gradient summed, on the way.
+@jax.custom_vjp
+def _native(x: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
+    def plain(x: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
+        return _plus(_dot(x, kernel, ((1,), (0,)), x.dtype), bias)
+
+    out: jax.Array = on_cpu(linear_forward, plain, x, kernel, bias)
+    return out
+
+
+def _native_forward(
+    x: jax.Array, kernel: jax.Array, bias: jax.Array | None
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array | None]]:
+    return _native(x, kernel, bias), (x, kernel, bias)
+
+
+def _native_backward(
+    residuals: tuple[jax.Array, jax.Array, jax.Array | None], grad: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    x, kernel, bias = residuals
+    biased = bias is not None
+
+    def plain_input(kernel: jax.Array, grad: jax.Array) -> jax.Array:
+        return _dot(grad, kernel, ((1,), (1,)), grad.dtype)
+
+    def plain_kernel(x: jax.Array, grad: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        return _dot(x, grad, ((0,), (0,)), x.dtype), grad.sum(0) if biased else None
+
+    grad_x = on_cpu(linear_input_gradient, plain_input, kernel, grad)
+    native_kernel = functools.partial(linear_kernel_gradient, bias=biased)
+    return grad_x, *on_cpu(native_kernel, plain_kernel, x, grad)
+
+
+_native.defvjp(_native_forward, _native_backward)
+
+
+def _in_cpp(
+    rows: jax.Array, kernel: jax.Array, bias: jax.Array | None, out_dtype: jnp.dtype
+) -> bool:
+    """Tell whether C++ takes ``rows`` [N, D] times the kernel [D, F]: it can, and it is faster."""
+    least = _LEAST_IN_CPP
+    return (
+        active()
+        and not linear_faults(rows, kernel)
+        and out_dtype == jnp.float32
+        and (bias is None or bias.dtype == jnp.float32)
+        and rows.shape[0] >= least["rows"]
+        and kernel.shape[0] >= least["inner"]
+        and kernel.shape[1] >= least["columns"]
+        and kernel.size <= _MOST_IN_CPP
+    )
+
+
 def linear(
     x: jax.Array,
     kernel: jax.Array | QuantizedMatrix,
@@ -61,6 +138,9 @@ def linear(
     kernel's gradient is summed and returned in the kernel's own dtype, so bfloat16 activations
     over float32 parameters lose nothing in the sum over the batch. It has a custom VJP, so
     there is no forward mode (``jax.jvp``); reverse over reverse works.
+
+    Within :func:`fnml.pallas_kernels.native_kernels` float32 products of middle size run in C++ on
+    a CPU.
 
     Law: ``linear(x, w, b)[i] == linear(x[i], w, b)`` to rounding.
 
@@ -85,9 +165,9 @@ def linear(
     keep = divided() and not isinstance(kernel, QuantizedMatrix)
     rows, dtype = x if keep else x.reshape(-1, x.shape[-1]), jnp.dtype(out_dtype or x.dtype)
     if isinstance(kernel, QuantizedMatrix):
-        rows = kernel.multiply(rows, out_dtype=dtype)
+        rows = _plus(kernel.multiply(rows, out_dtype=dtype), bias)
+    elif not keep and _in_cpp(rows, kernel, bias, dtype):
+        rows = _native(rows, kernel, bias)
     else:
-        rows = _linear(rows, kernel, dtype)
-    if bias is not None:
-        rows = rows + jnp.expand_dims(bias.astype(rows.dtype), tuple(range(rows.ndim - 1)))
+        rows = _plus(_linear(rows, kernel, dtype), bias)
     return rows.reshape(*x.shape[:-1], kernel.shape[1])

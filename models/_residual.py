@@ -8,6 +8,7 @@ import jax
 from fnml.core import Model, Param, ShapeError
 from fnml.models._avg_pool2d import global_mean
 from fnml.models._batch_norm import batch_norm, batch_norm_state
+from fnml.models._batch_norm_relu import batch_norm_relu
 from fnml.models._conv2d import conv2d
 from fnml.models._dropout import dropout
 from fnml.models._formulation import ConvForm
@@ -47,22 +48,19 @@ def _block(inputs: int, outputs: int, stride: int) -> tuple[PyTree, PyTree]:
     return spec, state
 
 
-def _apply_norm(x: jax.Array, params: PyTree, state: PyTree, train: bool) -> Any:
-    return batch_norm(x, params["scale"], params["bias"], state=state, train=train)
-
-
 def _apply_block(
     p: PyTree, x: jax.Array, s: PyTree, stride: int, train: bool, form: ConvForm
 ) -> tuple[jax.Array, PyTree]:
     stats = {}
     y = conv2d(x, p["conv1"], stride=stride, form=form)
-    y, stats["norm1"] = _apply_norm(y, p["norm1"], s["norm1"], train)
-    y = conv2d(jax.nn.relu(y), p["conv2"], form=form)
-    y, stats["norm2"] = _apply_norm(y, p["norm2"], s["norm2"], train)
+    y, stats["norm1"] = batch_norm_relu(y, **p["norm1"], state=s["norm1"], train=train)
+    y = conv2d(y, p["conv2"], form=form)
     if "shortcut" in p:
         x = conv2d(x, p["shortcut"], stride=stride, form=form)
-        x, stats["shortcut_norm"] = _apply_norm(x, p["shortcut_norm"], s["shortcut_norm"], train)
-    return jax.nn.relu(x + y), stats
+        norm = s["shortcut_norm"]
+        x, stats["shortcut_norm"] = batch_norm(x, **p["shortcut_norm"], state=norm, train=train)
+    y, stats["norm2"] = batch_norm_relu(y, **p["norm2"], state=s["norm2"], train=train, residual=x)
+    return y, stats
 
 
 def residual(
@@ -117,10 +115,9 @@ def residual(
         if x.ndim != 4 or x.shape[3] != channels:
             raise ShapeError(f"the {name} got x {x.shape}: expected [B, H, W, {channels}]")
         stem = params["stem"]
-        x, stem_stats = _apply_norm(
-            conv2d(x, stem["conv"], form=form), stem["norm"], state["stem"]["norm"], train
-        )
-        x = jax.nn.relu(x)
+        x = conv2d(x, stem["conv"], form=form)
+        norm = state["stem"]["norm"]
+        x, stem_stats = batch_norm_relu(x, **stem["norm"], state=norm, train=train)
         if pool > 1:
             x = max_pool2d(x, pool)
         stats: PyTree = {"stem": {"norm": stem_stats}, "stages": []}

@@ -6,28 +6,31 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 from jax import lax
-from jax.sharding import AxisType
 
-Implementation = Literal["auto", "reference", "lax", "pallas", "cudnn", "tokamax"]
+from fnml.core import divided
+from fnml.pallas_kernels.native import active, unbatched
+
+Implementation = Literal["auto", "reference", "lax", "pallas", "native", "cudnn"]
 """How a kernel is computed.
 
-``"auto"``: the hand-written body on the platforms that have one for these shapes and dtypes, the
-blocked lax body everywhere else, and where a mesh is set (``jax.set_mesh``,
-:func:`fnml.transforms.shard`) for the compiler to divide the program over. ``"reference"``: the textbook form, with every derivative.
-``"lax"``: the blocked lax body on every platform. ``"pallas"``: the hand-written body or an error.
-``"cudnn"``, ``"tokamax"``: the library's kernel or an error.
+``"auto"``: the hand-written body on the platforms that have one for these shapes and dtypes (on
+CPUs within :func:`fnml.pallas_kernels.native_kernels`), the blocked lax body everywhere else, and
+where a mesh is set (``jax.set_mesh``, :func:`fnml.transforms.shard`) for the compiler to divide
+the program over. ``"reference"``: the textbook form, with every derivative. ``"lax"``: the
+blocked lax body on every platform. ``"pallas"``: the hand-written body for TPUs and GPUs, or an
+error; ``"native"``: that for CPUs, in C++, or an error.
+``"cudnn"``: NVIDIA's library or an error; "auto" never takes it, as what can be traced with it
+depends on the machine.
 """
 
 Refusals = Mapping[str, Sequence[str]]
-"""For each body a kernel has ("tpu", "cuda", "cudnn", "tokamax"): why it cannot run this call.
+"""For each body a kernel has ("tpu", "cuda", "native", "cudnn"): why it cannot run this call.
 
 An empty sequence says that it can.
 """
 
 Bodies = Mapping[str, Callable[..., Any]]
 """What runs, by the name of the body."""
-
-_CUDA = ("cuda", "cudnn")
 
 
 class Choice(NamedTuple):
@@ -37,6 +40,7 @@ class Choice(NamedTuple):
       only: the one body that runs wherever this is lowered, or ``None`` to choose by platform.
       tpu: the body for TPUs, or ``None``.
       cuda: the body for NVIDIA GPUs, or ``None``.
+      cpu: the body for CPUs, or ``None``.
       strict: whether every other platform is an error instead of the lax body.
       interpret: what ``pallas_call`` gets as ``interpret``.
     """
@@ -44,6 +48,7 @@ class Choice(NamedTuple):
     only: str | None = None
     tpu: str | None = None
     cuda: str | None = None
+    cpu: str | None = None
     strict: bool = False
     interpret: Any = False
 
@@ -65,7 +70,7 @@ def choose(
       interpret: ``"tpu"`` or ``"cuda"`` to run that Pallas body in its interpreter on any
         platform, or the interpreter's own parameters (``pltpu.InterpretParams``,
         ``InterpretGPUParams``). Only with ``implementation="pallas"``.
-      worth: whether ``"auto"`` should use a kernel at all, for instance by size.
+      worth: whether ``"auto"`` should use a TPU's or a GPU's kernel, for instance by size.
 
     Raises:
       ValueError: the implementation is unknown, or ``interpret`` does not go with it.
@@ -88,14 +93,18 @@ def choose(
         return Choice(only=implementation)
     able = {name for name, reasons in refusals.items() if not reasons}
     if implementation == "auto":
-        if not worth or _divided():
+        # No kernel can be divided by the compiler.
+        if divided():
             return Choice(only="lax")
-        tpu = "tpu" if "tpu" in able else None
-        return Choice(tpu=tpu, cuda=next((name for name in _CUDA if name in able), None))
+        cpu = "native" if active() and "native" in able else None
+        tpu, cuda = (name if worth and name in able else None for name in ("tpu", "cuda"))
+        return Choice(tpu=tpu, cuda=cuda, cpu=cpu) if tpu or cuda or cpu else Choice(only="lax")
     wanted: list[str]
     wanted = [body] if body else ["tpu", "cuda"] if implementation == "pallas" else [implementation]
     if not able.intersection(wanted):
         raise NotImplementedError(_no_body(kernel, implementation, wanted, refusals))
+    if implementation == "native":
+        return Choice(cpu="native", strict=True)
     if implementation != "pallas":
         return Choice(only=implementation)
     if body is not None:
@@ -103,16 +112,6 @@ def choose(
     return Choice(
         tpu="tpu" if "tpu" in able else None, cuda="cuda" if "cuda" in able else None, strict=True
     )
-
-
-def _divided() -> bool:
-    """Tell whether the compiler is to divide the program over devices: no kernel can be divided so.
-
-    Inside ``shard_map`` each device computes its own part, and a kernel is as good as on one.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    kinds = zip(mesh.axis_sizes, mesh.axis_types, strict=True)
-    return any(size > 1 and kind != AxisType.Manual for size, kind in kinds)
 
 
 def _interpreter(kernel: str, interpret: Any) -> tuple[str | None, Any]:
@@ -171,6 +170,8 @@ def run(choice: Choice, bodies: Bodies, *operands: Any) -> Any:
             return body(choice.only)(*operands)
         chosen = {"tpu": choice.tpu, "cuda": choice.cuda}
         by_platform = {platform: body(name) for platform, name in chosen.items() if name}
+        if choice.cpu:
+            by_platform["cpu"] = unbatched(bodies[choice.cpu], bodies["lax"])
         if choice.strict:
             return lax.platform_dependent(*operands, **by_platform)
         return lax.platform_dependent(*operands, default=bodies["lax"], **by_platform)

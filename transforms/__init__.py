@@ -45,6 +45,7 @@ from fnml.transforms._loss_scaling import scaled_value_and_grad as scaled_value_
 from fnml.transforms._loss_scaling import with_loss_scale as with_loss_scale
 from fnml.transforms._mixed_precision import Policy as Policy
 from fnml.transforms._mixed_precision import mixed_precision as mixed_precision
+from fnml.transforms._native import native as native
 from fnml.transforms._noise_scale import noise_scale as noise_scale
 from fnml.transforms._nonfinite import NonFinite as NonFinite
 from fnml.transforms._nonfinite import find_nonfinite as find_nonfinite

@@ -14,6 +14,7 @@ from rich.table import Table
 import fnml
 from fnml.cli._show import show
 from fnml.core import can_keep_memory
+from fnml.pallas_kernels import native_faults
 from fnml.recipes import environment
 
 _CORE = ("flax", "orbax-checkpoint", "chex", "rich", "tyro", "safetensors", "flatbuffers")
@@ -61,6 +62,12 @@ def command(arguments: Sequence[str]) -> int:
         "keeping memory",
         "can" if reason is None else "cannot",
         reason or "speeds up steps on a CPU: fnml train RECIPE --keep-memory, fnml.keep_memory()",
+    )
+    faults = native_faults()
+    table.add_row(
+        "C++ kernels",
+        "cannot be built" if faults else "can be built",
+        "; ".join(faults) or "speed up float32 on a CPU: fnml train RECIPE --native",
     )
     show(table)
     return int(bool(missing))

@@ -2,7 +2,9 @@
 
 from fnml.core._axes import Rules as Rules
 from fnml.core._axes import shardings as shardings
+from fnml.core._compilation_cache import cache_folder as cache_folder
 from fnml.core._compilation_cache import compilation_cache as compilation_cache
+from fnml.core._compilation_cache import machine as machine
 from fnml.core._errors import CheckpointError as CheckpointError
 from fnml.core._errors import ConfigError as ConfigError
 from fnml.core._errors import DataError as DataError

@@ -42,10 +42,11 @@ def compilation_cache(
     True
     """
     chosen = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
-    variable = os.environ.get(_VARIABLE)
-    if not chosen and directory is None and variable == "off":
+    root = directory or cache_folder()
+    if root is None:
+        if chosen:
+            return Path(chosen), "chosen through JAX (JAX_COMPILATION_CACHE_DIR)"
         return None, f"off, by {_VARIABLE}; without the variable it is on"
-    root = directory or (Path(variable) if variable else _user_folder() / "fnml")
     place = root.absolute() / "xla" / machine()
     if chosen and chosen != str(place):
         return Path(chosen), "chosen through JAX (JAX_COMPILATION_CACHE_DIR)"
@@ -84,11 +85,17 @@ def machine() -> str:
     return f"jaxlib-{jaxlib.__version__}-{platform.machine()}-{kind}-{cpus}cpu"
 
 
-def _user_folder() -> Path:
-    given = os.environ.get("XDG_CACHE_HOME")
-    if given and Path(given).is_absolute():
-        return Path(given)
-    return Path("~/.cache").expanduser()
+def cache_folder() -> Path | None:
+    """Return where this user keeps what fnml has compiled, or ``None`` if nowhere.
+
+    ``FNML_CACHE_DIR`` names the folder, or is ``off``; else it is ``fnml`` in the user's cache
+    folder. It need not be there yet.
+    """
+    variable = os.environ.get(_VARIABLE)
+    if variable:
+        return None if variable == "off" else Path(variable)
+    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (given if given.is_absolute() else Path("~/.cache").expanduser()) / "fnml"
 
 
 def _remove_damaged(place: Path) -> None:

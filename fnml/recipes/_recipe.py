@@ -53,6 +53,8 @@ class RunConfig:
     """Steps per dispatch, the results are the same bits; 0 measures after the first step."""
     keep_memory: bool = False
     """On CPU, keep freed memory for the next step: faster for single steps of larger models."""
+    native: bool = False
+    """On CPU, take the C++ bodies of kernels and layers: faster, equal to rounding."""
     log_every: int = 50
     """Steps between rows of training metrics."""
     eval_every: int = 500

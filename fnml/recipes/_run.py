@@ -40,10 +40,10 @@ from fnml.recipes._sinks import check_sinks, open_sink
 from fnml.recipes._together import announce, check_equal, join, shared
 from fnml.recipes._training import (
     abstract_state,
+    as_configured,
     check_config,
     initial_state,
     make_step,
-    on_mesh,
     placed,
     prepare,
     read_config,
@@ -315,7 +315,7 @@ def _train(
             log_every=run.log_every,
             # A sink that fails for a while must not end a run of a week.
             sinks=[sinks.tee(outputs)],
-            evaluate=evaluator(on_mesh(task.eval_loss_fn, config), held_out),
+            evaluate=evaluator(as_configured(task.eval_loss_fn, config), held_out),
             eval_every=Every(steps=run.eval_every),
             callbacks=callbacks,
             save=save,

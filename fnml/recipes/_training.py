@@ -20,6 +20,7 @@ from fnml.core import (
     keep_memory,
     shardings,
 )
+from fnml.pallas_kernels import build_native
 from fnml.parallel import parse_rules, spread
 from fnml.recipes._config_json import from_json, to_json
 from fnml.recipes._devices import batch_spec, compiled_mesh, device_count, mesh, provide
@@ -28,7 +29,7 @@ from fnml.recipes._recipe import LossFn, Recipe, Task
 from fnml.train import optimizer, train_step
 
 # It may change on resuming: the first changes no bits, the others only how sums are rounded.
-_LAYOUT = ("run/devices", "run/mesh", "run/rules")
+_LAYOUT = ("run/devices", "run/mesh", "run/rules", "run/native")
 
 
 def read_config(record: Mapping[str, Any]) -> tuple[Recipe, Any]:
@@ -41,6 +42,8 @@ def prepare(config: Any) -> None:
     """Do what has to be done before the first computation."""
     if config.run.keep_memory:
         keep_memory()
+    if config.run.native:
+        build_native()
     provide(device_count(config.run))
 
 
@@ -119,8 +122,10 @@ def placed(state: State, task: Task, config: Any) -> State:
     return jax.tree.map(place, state, places)
 
 
-def on_mesh(loss_fn: LossFn, config: Any) -> LossFn:
-    """Return a loss that knows of the mesh which the compiler divides it over, if there is one."""
+def as_configured(loss_fn: LossFn, config: Any) -> LossFn:
+    """Return a loss with the bodies asked for, that knows of the mesh it is divided over, if any."""
+    if config.run.native:
+        loss_fn = transforms.native(loss_fn)
     divided = compiled_mesh(config.run)
     if divided is None:
         return loss_fn
@@ -137,7 +142,7 @@ def on_mesh(loss_fn: LossFn, config: Any) -> LossFn:
 
 def make_step(task: Task, config: Any) -> Any:
     """Make the run's training step, laid out over its devices; it is traced once for all uses."""
-    run, loss_fn = config.run, on_mesh(task.loss_fn, config)
+    run, loss_fn = config.run, as_configured(task.loss_fn, config)
     if run.remat != "off":
         loss_fn = transforms.remat(loss_fn, run.remat)
     if _partly_frozen(task):

@@ -14,7 +14,7 @@ from fnml.pallas_kernels._implementation import (
     refuse,
     run,
 )
-from fnml.pallas_kernels.attention import _by_head, _reference
+from fnml.pallas_kernels.attention import _by_head, _cudnn, _native, _reference
 from fnml.pallas_kernels.attention._blocks import WORTH
 from fnml.pallas_kernels.attention._support import refusals
 from fnml.pallas_kernels.attention._tiles import HIDDEN, Extras, Plan
@@ -64,7 +64,7 @@ def attention(
         "cuda", or an interpreter's parameters.
 
     All but the reference have a custom VJP and thus no forward mode (``jax.jvp``); second
-    derivatives go through the lax body.
+    derivatives go through the lax body, and cuDNN has none.
 
     Law: changing keys and values that a query does not see changes no bit of its output, as long
     as they are finite (the weight 0 of a NaN is NaN).
@@ -121,12 +121,17 @@ def attention(
     choice = choose(
         "attention",
         implementation,
-        refusals(plan, q, k, extras),
+        {
+            **refusals(plan, q, k, extras),
+            "cudnn": _cudnn.faults(plan, q, k, extras, segment_ids, lengths),
+        },
         interpret=interpret,
         worth=min(T, S) >= WORTH,
     )
     if choice.only == "reference":
         return _reference.attention(plan, q, k, v, extras)
+    if choice.only == "cudnn":
+        return _cudnn.attention(plan, q, k, v, bias, lengths)
     return _attention(choice, plan, q, k, v, extras)
 
 
@@ -213,7 +218,12 @@ def _forward(
 
         return _gpu.forward(plan, *operands, interpret=interpret)
 
-    bodies: Bodies = {"lax": partial(_by_head.forward, plan), "tpu": tpu, "cuda": cuda}
+    bodies: Bodies = {
+        "lax": partial(_by_head.forward, plan),
+        "native": partial(_native.forward, plan),
+        "tpu": tpu,
+        "cuda": cuda,
+    }
     out, log = run(choice, bodies, q, k, v, extras)
     return out, (q, k, v, extras, out, log)
 
@@ -231,7 +241,12 @@ def _backward(
 
         return _gpu_backward.backward(plan, *operands, interpret=interpret)
 
-    bodies: Bodies = {"lax": partial(_by_head.backward, plan), "tpu": tpu, "cuda": cuda}
+    bodies: Bodies = {
+        "lax": partial(_by_head.backward, plan),
+        "native": partial(_native.backward, plan),
+        "tpu": tpu,
+        "cuda": cuda,
+    }
     grad_q, grad_k, grad_v, grad_bias = run(choice, bodies, *residuals, grad)
     bias = residuals[3].bias
     if bias is not None:

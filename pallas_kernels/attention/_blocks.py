@@ -10,6 +10,9 @@ def lax_block(T: int) -> int:
     return 64 if T <= 512 else 128
 
 
+NATIVE_QUERIES = 16
+"""Fewer queries are not worth the C++ body, whose tiles hold 64."""
+
 BY_HEAD = 2048
 """From this many queries and keys on, the lax body goes head by head on a CPU."""
 

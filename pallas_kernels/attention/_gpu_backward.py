@@ -10,19 +10,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from fnml.pallas_kernels._compiler import cuda_params
+from fnml.pallas_kernels._hopper import Stream, Transposed, div, fetch, product, pump
 from fnml.pallas_kernels.attention._blocks import CUDA, ROWS
-from fnml.pallas_kernels.attention._gpu_tiles import (
-    COMPUTE,
-    Stream,
-    Transposed,
-    div,
-    fetch,
-    hidden,
-    product,
-    pump,
-    reach,
-    reach_back,
-)
+from fnml.pallas_kernels.attention._gpu_tiles import COMPUTE, hidden, reach, reach_back
 from fnml.pallas_kernels.attention._tiles import Extras, Plan
 
 _LOG2E = math.log2(math.e)

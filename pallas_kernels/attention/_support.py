@@ -4,13 +4,18 @@ import jax
 import jax.numpy as jnp
 
 from fnml.pallas_kernels._compiler import hopper_faults
-from fnml.pallas_kernels.attention._blocks import CUDA
+from fnml.pallas_kernels.attention._blocks import CUDA, NATIVE_QUERIES
 from fnml.pallas_kernels.attention._tiles import Extras, Plan
+from fnml.pallas_kernels.native import unavailable
 
 
 def refusals(plan: Plan, q: jax.Array, k: jax.Array, extras: Extras) -> dict[str, list[str]]:
     """Say for each body why it cannot run this call; an empty list if it can."""
-    return {"tpu": _tpu(q, k, extras), "cuda": _cuda(plan, q, k, extras)}
+    return {
+        "tpu": _tpu(q, k, extras),
+        "cuda": _cuda(plan, q, k, extras),
+        "native": _native(plan, q, k, extras),
+    }
 
 
 def _tpu(q: jax.Array, k: jax.Array, extras: Extras) -> list[str]:
@@ -43,13 +48,31 @@ def _cuda(plan: Plan, q: jax.Array, k: jax.Array, extras: Extras) -> list[str]:
         faults.append(f"window at head width {D} (its gradient would spill registers)")
     if T % 128 or S % 128:
         faults.append(f"lengths T={T}, S={S} (it takes multiples of 128)")
+    return faults + _without(plan, extras)
+
+
+def _native(plan: Plan, q: jax.Array, k: jax.Array, extras: Extras) -> list[str]:
+    T, D = q.shape[1], q.shape[3]
+    S = k.shape[1]
+    faults = unavailable()
+    if q.dtype != jnp.float32:
+        faults.append(f"dtype {q.dtype} (it takes float32)")
+    if D % 16 or not 0 < D <= 256:
+        faults.append(f"head width {D} (it takes multiples of 16 up to 256)")
+    if not isinstance(T, int) or not isinstance(S, int):
+        faults.append(f"symbolic lengths T={T}, S={S}")
+    elif T < NATIVE_QUERIES or S < 1:
+        faults.append(f"lengths T={T}, S={S} (it takes {NATIVE_QUERIES} queries or more)")
+    return faults + _without(plan, extras)
+
+
+def _without(plan: Plan, extras: Extras) -> list[str]:
+    """Name what is asked for, where a body takes bounds of the window at most."""
     names = {
         "segment_ids or lengths": extras.q_segments,
         "bias": extras.bias,
         "mask": extras.mask,
         "dropout": extras.seed,
+        "soft_cap": plan.soft_cap,
     }
-    faults += [f"{name} (it has none)" for name, x in names.items() if x is not None]
-    if plan.soft_cap is not None:
-        faults.append("soft_cap (it has none)")
-    return faults
+    return [f"{name} (it has none)" for name, x in names.items() if x is not None]

@@ -9,15 +9,21 @@ import jax.numpy as jnp
 
 from fnml.pallas_kernels._implementation import Implementation, choose, refuse, run
 from fnml.pallas_kernels.decode_attention import _lax
-from fnml.pallas_kernels.decode_attention._blocks import MOST_COLUMNS, MOST_ROWS
 from fnml.pallas_kernels.decode_attention._operands import Operands, Options
 from fnml.pallas_kernels.decode_attention._reference import reference
+from fnml.pallas_kernels.decode_attention._support import refusals
 
 
 def _tpu_forward(operands: Operands, *, options: Options, interpret: Any) -> jax.Array:
     from fnml.pallas_kernels.decode_attention import _tpu
 
     return _tpu.forward(operands, options=options, interpret=interpret)
+
+
+def _cuda_forward(operands: Operands, *, options: Options, interpret: Any) -> jax.Array:
+    from fnml.pallas_kernels.decode_attention import _gpu
+
+    return _gpu.forward(operands, options=options, interpret=interpret)
 
 
 def decode_attention(
@@ -55,7 +61,8 @@ def decode_attention(
       window: how many keys a query sees, its own included; ``None`` for all.
       soft_cap: bounds scores to ``soft_cap * tanh(scores / soft_cap)``.
       implementation: see :data:`fnml.pallas_kernels.Implementation`.
-      interpret: runs the TPU body in Pallas' interpreter, ``"tpu"`` or ``pltpu.InterpretParams``.
+      interpret: run a Pallas body in an interpreter, with ``implementation="pallas"``: "tpu",
+        "cuda", or an interpreter's parameters.
 
     Raises:
       ValueError: shapes or dtypes do not fit together; all faults are listed.
@@ -72,7 +79,7 @@ def decode_attention(
     choice = choose(
         "decode_attention",
         implementation,
-        {"tpu": _tpu_refusals(operands)},
+        refusals(operands),
         interpret=interpret,
         # A small cache is read faster by one fusion than by a grid over sequences.
         worth=cache_k.size * cache_k.dtype.itemsize >= 2**21,
@@ -82,33 +89,9 @@ def decode_attention(
     bodies: dict[str, Callable[..., Any]] = {
         "lax": functools.partial(_lax.forward, options=options),
         "tpu": functools.partial(_tpu_forward, options=options),
+        "cuda": functools.partial(_cuda_forward, options=options),
     }
     return run(choice, bodies, operands)
-
-
-def _tpu_refusals(operands: Operands) -> list[str]:
-    q, k = operands.q, operands.k
-    reasons = []
-    floats = (jnp.float32, jnp.bfloat16)
-    if q.dtype not in floats or k.dtype not in (*floats, jnp.int8):
-        reasons.append(
-            f"q is {q.dtype} and the cache {k.dtype}, expected float32 or bfloat16, or int8 in the "
-            "cache"
-        )
-    if q.size == 0 or operands.length == 0:
-        reasons.append(f"there is nothing to read: q {q.shape}, cache {k.shape}")
-    elif q.shape[1] * q.shape[2] > MOST_ROWS:
-        reasons.append(
-            f"{q.shape[1]} tokens of {q.shape[2]} heads are more than the {MOST_ROWS} queries it "
-            "takes at once: attention() is for prompts"
-        )
-    columns = k.shape[1] * k.shape[2]
-    if operands.page_table is not None and columns > MOST_COLUMNS:
-        reasons.append(
-            f"pages of {k.shape[1]} tokens of {k.shape[2]} heads have more than the {MOST_COLUMNS} "
-            "keys it takes at once"
-        )
-    return reasons
 
 
 def _faults(operands: Operands, options: Options) -> list[str]:

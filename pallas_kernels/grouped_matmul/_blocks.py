@@ -36,3 +36,19 @@ def tpu_tiles(rows: int, groups: int, inner: int, outer: int) -> Tiles | None:
         return None
     m = next((size for size in sizes if size * groups <= rows), 128)
     return Tiles(min(m, rows), k, n)
+
+
+CUDA_ROWS = 128
+"""Rows of a tile of the body for Hopper: two warpgroups' products, of 64 rows each."""
+
+CUDA_STEP = 64
+"""Contracted columns, or rows, of a step there."""
+
+
+def cuda_columns(outer: int) -> int:
+    """Return the columns of a tile there; estimates that fit registers and memory, unmeasured.
+
+    >>> cuda_columns(2816), cuda_columns(384)
+    (256, 128)
+    """
+    return 256 if outer % 256 == 0 else 128

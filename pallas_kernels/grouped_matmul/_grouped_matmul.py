@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 from fnml.pallas_kernels._implementation import Choice, Implementation, choose, refuse, run
 from fnml.pallas_kernels.grouped_matmul import _lax
-from fnml.pallas_kernels.grouped_matmul._blocks import tpu_tiles
 from fnml.pallas_kernels.grouped_matmul._reference import reference
+from fnml.pallas_kernels.grouped_matmul._support import refusals
 
 
 def _tpu_forward(*operands: jax.Array, interpret: Any) -> jax.Array:
@@ -25,9 +25,25 @@ def _tpu_backward(*operands: jax.Array, interpret: Any) -> tuple[jax.Array, jax.
     return _tpu.backward(*operands, interpret=interpret)
 
 
+def _cuda_forward(*operands: jax.Array, interpret: Any) -> jax.Array:
+    from fnml.pallas_kernels.grouped_matmul import _gpu
+
+    return _gpu.forward(*operands, interpret=interpret)
+
+
+def _cuda_backward(*operands: jax.Array, interpret: Any) -> tuple[jax.Array, jax.Array]:
+    from fnml.pallas_kernels.grouped_matmul import _gpu
+
+    return _gpu.backward(*operands, interpret=interpret)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _matmul(x: jax.Array, w: jax.Array, group_sizes: jax.Array, choice: Choice) -> jax.Array:
-    bodies: dict[str, Callable[..., Any]] = {"lax": _lax.forward, "tpu": _tpu_forward}
+    bodies: dict[str, Callable[..., Any]] = {
+        "lax": _lax.forward,
+        "tpu": _tpu_forward,
+        "cuda": _cuda_forward,
+    }
     return run(choice, bodies, x, w, group_sizes)
 
 
@@ -40,7 +56,11 @@ def _forward(
 def _backward(
     choice: Choice, saved: tuple[jax.Array, jax.Array, jax.Array], grad: jax.Array
 ) -> tuple[jax.Array, jax.Array, None]:
-    bodies: dict[str, Callable[..., Any]] = {"lax": _lax.backward, "tpu": _tpu_backward}
+    bodies: dict[str, Callable[..., Any]] = {
+        "lax": _lax.backward,
+        "tpu": _tpu_backward,
+        "cuda": _cuda_backward,
+    }
     grad_x, grad_w = run(choice, bodies, *saved, grad)
     return grad_x, grad_w, None
 
@@ -70,7 +90,8 @@ def grouped_matmul(
 
     Args:
       implementation: see :data:`fnml.pallas_kernels.Implementation`.
-      interpret: runs the TPU body in Pallas' interpreter, ``"tpu"`` or ``pltpu.InterpretParams``.
+      interpret: run a Pallas body in an interpreter, with ``implementation="pallas"``: "tpu",
+        "cuda", or an interpreter's parameters.
 
     Raises:
       ValueError: shapes or dtypes do not fit together; all faults are listed.
@@ -93,15 +114,10 @@ def grouped_matmul(
             f"{w.shape[:1]}"
         )
     refuse("grouped_matmul", faults)
-    reasons = []
-    if x.dtype not in (jnp.float32, jnp.bfloat16) or w.dtype not in (jnp.float32, jnp.bfloat16):
-        reasons.append(f"x is {x.dtype} and w {w.dtype}, expected float32 or bfloat16")
-    if x.size == 0 or tpu_tiles(x.shape[0], *w.shape) is None:
-        reasons.append(f"x {x.shape} and w {w.shape}: expected D and F in multiples of 128")
     choice = choose(
         "grouped_matmul",
         implementation,
-        {"tpu": reasons},
+        refusals(x, w),
         interpret=interpret,
         worth=w.size >= 2**20,
     )

@@ -10,12 +10,26 @@ import jax.numpy as jnp
 from fnml.pallas_kernels._implementation import Choice, Implementation, choose, refuse, run
 from fnml.pallas_kernels.layer_norm import _lax
 from fnml.pallas_kernels.layer_norm._reference import reference
-from fnml.pallas_kernels.rms_norm._blocks import WIDEST, worth
+from fnml.pallas_kernels.native import norm_backward, norm_forward
+from fnml.pallas_kernels.rms_norm._blocks import refusals, worth
 
 Outputs = tuple[Any, ...]
 
 
-def _tpu_forward(
+def _tpu() -> Any:
+    from fnml.pallas_kernels.layer_norm import _tpu
+
+    return _tpu
+
+
+def _gpu() -> Any:
+    from fnml.pallas_kernels.layer_norm import _gpu
+
+    return _gpu
+
+
+def _forward_rows(
+    body: Callable[[], Any],
     x: jax.Array,
     scale: jax.Array,
     bias: jax.Array | None,
@@ -24,15 +38,14 @@ def _tpu_forward(
     eps: float,
     interpret: Any,
 ) -> Outputs:
-    from fnml.pallas_kernels.layer_norm import _tpu
-
     rows = x.reshape(-1, x.shape[-1])
     added = None if residual is None else residual.reshape(rows.shape)
-    out = _tpu.forward(rows, scale, bias, added, eps, interpret=interpret)
+    out = body().forward(rows, scale, bias, added, eps, interpret=interpret)
     return tuple(part.reshape(x.shape) for part in out)
 
 
-def _tpu_backward(
+def _backward_rows(
+    body: Callable[[], Any],
     total: jax.Array,
     scale: jax.Array,
     bias: jax.Array | None,
@@ -42,11 +55,9 @@ def _tpu_backward(
     eps: float,
     interpret: Any,
 ) -> Outputs:
-    from fnml.pallas_kernels.layer_norm import _tpu
-
     rows = total.reshape(-1, total.shape[-1])
     more = None if grad_total is None else grad_total.reshape(rows.shape)
-    grad_x, *vectors = _tpu.backward(
+    grad_x, *vectors = body().backward(
         rows, scale, bias, grad.reshape(rows.shape), more, eps, interpret=interpret
     )
     return grad_x.reshape(total.shape), *vectors
@@ -74,7 +85,9 @@ def _forward(
 ) -> tuple[Outputs, tuple[jax.Array, jax.Array, jax.Array | None]]:
     bodies: dict[str, Callable[..., Any]] = {
         "lax": functools.partial(_lax.forward, eps=eps),
-        "tpu": functools.partial(_tpu_forward, eps=eps),
+        "native": functools.partial(norm_forward, eps=eps, centred=True),
+        "tpu": functools.partial(_forward_rows, _tpu, eps=eps),
+        "cuda": functools.partial(_forward_rows, _gpu, eps=eps),
     }
     out, total = run(choice, bodies, x, scale, bias, residual)
     if residual is None:
@@ -90,7 +103,9 @@ def _backward(
 ) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]:
     bodies: dict[str, Callable[..., Any]] = {
         "lax": functools.partial(_lax.backward, eps=eps),
-        "tpu": functools.partial(_tpu_backward, eps=eps),
+        "native": functools.partial(norm_backward, eps=eps, centred=True),
+        "tpu": functools.partial(_backward_rows, _tpu, eps=eps),
+        "cuda": functools.partial(_backward_rows, _gpu, eps=eps),
     }
     fused = len(grads) == 2
     grad, *vectors = run(choice, bodies, *saved, grads[0], grads[1] if fused else None)
@@ -117,8 +132,9 @@ def layer_norm(
     pass over memory where two would write the sum and read it again. ``scale`` and ``bias`` are
     [D] floats. Computed in at least float32, returned in the dtype of ``x``.
 
-    ``"auto"`` runs a kernel on TPU and what XLA fuses elsewhere. Where a kernel may run there is
-    no forward mode (``jax.jvp``): pass ``"lax"`` or ``"reference"`` for it.
+    ``"auto"`` runs a kernel on TPUs and Hopper GPUs, on CPUs within
+    :func:`fnml.pallas_kernels.native_kernels` one in C++, and what XLA fuses elsewhere. Where a
+    kernel may run there is no forward mode (``jax.jvp``): pass ``"lax"`` or ``"reference"`` for it.
 
     Law: ``layer_norm(x, s, b, r) == (layer_norm(x + r, s, b), x + r)`` and, for a number c and to
     rounding, ``layer_norm(x + c, ...) == layer_norm(x, ...)``.
@@ -127,7 +143,8 @@ def layer_norm(
 
     Args:
       implementation: see :data:`fnml.pallas_kernels.Implementation`.
-      interpret: runs the TPU body in Pallas' interpreter, ``"tpu"`` or ``pltpu.InterpretParams``.
+      interpret: runs a Pallas body in its interpreter: ``"tpu"``, ``"cuda"`` or an interpreter's
+        parameters.
 
     Raises:
       ValueError: shapes or dtypes do not fit together; all faults are listed.
@@ -151,14 +168,7 @@ def layer_norm(
             f"residual is {residual.dtype} {residual.shape}, expected {x.dtype} {x.shape} like x"
         )
     refuse("layer_norm", faults)
-    reasons = []
-    if x.dtype not in (jnp.float32, jnp.bfloat16):
-        reasons.append(f"x is {x.dtype}, expected float32 or bfloat16")
-    if x.size == 0 or x.shape[-1] > WIDEST:
-        reasons.append(f"x is {x.shape}, expected some rows of at most {WIDEST} numbers")
-    choice = choose(
-        "layer_norm", implementation, {"tpu": reasons}, interpret=interpret, worth=worth(x)
-    )
+    choice = choose("layer_norm", implementation, refusals(x), interpret=interpret, worth=worth(x))
     if choice.only == "reference":
         out, total = reference(x, scale, bias, residual, eps)
     elif choice.only == "lax" or choice == Choice():

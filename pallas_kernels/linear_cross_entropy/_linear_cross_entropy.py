@@ -8,9 +8,17 @@ import jax
 import jax.numpy as jnp
 
 from fnml.pallas_kernels._dtypes import wide
-from fnml.pallas_kernels._implementation import Choice, Implementation, choose, refuse, run
+from fnml.pallas_kernels._implementation import (
+    Bodies,
+    Choice,
+    Implementation,
+    choose,
+    refuse,
+    run,
+)
 from fnml.pallas_kernels.linear_cross_entropy import _lax, _reference
-from fnml.pallas_kernels.linear_cross_entropy._blocks import TPU_WIDEST, WORTH, lax_chunk
+from fnml.pallas_kernels.linear_cross_entropy._blocks import WORTH, lax_chunk
+from fnml.pallas_kernels.linear_cross_entropy._support import refusals
 from fnml.pallas_kernels.linear_cross_entropy._tiles import Plan
 
 
@@ -73,7 +81,7 @@ def linear_cross_entropy(
     choice = choose(
         "linear_cross_entropy",
         implementation,
-        {"tpu": _tpu_refusals(x)},
+        refusals(x),
         interpret=interpret,
         worth=D <= WORTH and V >= 4096 and N >= 256,
     )
@@ -126,15 +134,6 @@ def _faults(
     return faults
 
 
-def _tpu_refusals(x: jax.Array) -> list[str]:
-    faults = []
-    if x.dtype not in (jnp.float32, jnp.bfloat16):
-        faults.append(f"dtype {x.dtype} (it takes float32 and bfloat16)")
-    if x.shape[-1] > TPU_WIDEST or x.shape[-1] % 8:
-        faults.append(f"width {x.shape[-1]} (it takes multiples of 8 up to {TPU_WIDEST})")
-    return faults
-
-
 def _run(choice: Choice, plan: Plan, name: str, *operands: jax.Array) -> Any:
     """Run ``losses`` or ``losses_and_grads`` in the chosen body."""
 
@@ -143,7 +142,13 @@ def _run(choice: Choice, plan: Plan, name: str, *operands: jax.Array) -> Any:
 
         return getattr(_tpu, name)(plan, *operands, interpret=interpret)
 
-    return run(choice, {"lax": partial(getattr(_lax, name), plan), "tpu": tpu}, *operands)
+    def cuda(*operands: Any, interpret: Any) -> Any:
+        from fnml.pallas_kernels.linear_cross_entropy import _gpu
+
+        return getattr(_gpu, name)(plan, *operands, interpret=interpret)
+
+    bodies: Bodies = {"lax": partial(getattr(_lax, name), plan), "tpu": tpu, "cuda": cuda}
+    return run(choice, bodies, *operands)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))

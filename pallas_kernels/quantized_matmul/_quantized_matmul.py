@@ -7,9 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fnml.pallas_kernels._compiler import hopper_faults
 from fnml.pallas_kernels._implementation import Choice, Implementation, choose, refuse, run
 from fnml.pallas_kernels.quantized_matmul import _lax
-from fnml.pallas_kernels.quantized_matmul._blocks import tpu_tiles
+from fnml.pallas_kernels.quantized_matmul._blocks import CUDA_M, cuda_tiles, tpu_tiles
 from fnml.pallas_kernels.quantized_matmul._packed import Layout, Packed
 from fnml.pallas_kernels.quantized_matmul._reference import reference
 
@@ -26,6 +27,17 @@ def _tpu_backward(grad: jax.Array, packed: Packed, **options: Any) -> jax.Array:
     return _tpu.backward(grad, packed, **options)
 
 
+def _gpu_forward(x: jax.Array, packed: Packed, **options: Any) -> jax.Array:
+    from fnml.pallas_kernels.quantized_matmul import _gpu
+
+    return _gpu.forward(x, packed, **options)
+
+
+def _gpu_backward(grad: jax.Array, packed: Packed, *, interpret: Any, **options: Any) -> jax.Array:
+    """Return what the lax body does: few rows are for inference, which has no gradient."""
+    return _lax.backward(grad, packed, **options)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def _matmul(
     x: jax.Array, packed: Packed, layout: Layout, out_dtype: Any, choice: Choice
@@ -33,6 +45,7 @@ def _matmul(
     bodies: dict[str, Callable[..., Any]] = {
         "lax": functools.partial(_lax.forward, layout=layout, out_dtype=out_dtype),
         "tpu": functools.partial(_tpu_forward, layout=layout, out_dtype=out_dtype),
+        "cuda": functools.partial(_gpu_forward, layout=layout, out_dtype=out_dtype),
     }
     return run(choice, bodies, x, packed)
 
@@ -55,6 +68,7 @@ def _backward(
     bodies: dict[str, Callable[..., Any]] = {
         "lax": functools.partial(_lax.backward, layout=layout, dtype=like.dtype),
         "tpu": functools.partial(_tpu_backward, layout=layout, dtype=like.dtype),
+        "cuda": functools.partial(_gpu_backward, layout=layout, dtype=like.dtype),
     }
     return run(choice, bodies, grad, packed), None
 
@@ -80,10 +94,10 @@ def quantized_matmul(
     nibbles, 8 added where there is no ``zero``; ``scale`` and ``zero`` are [groups, out] for groups
     of in / groups consecutive rows. It is what :func:`fnml.transforms.quantize` stores.
 
-    The numbers are computed in float32, rounded to the dtype of ``x`` and multiplied in it, sums
-    are at least float32; the result has the dtype of ``x``, or ``out_dtype``. Only a tile or a
-    block of rows exists as numbers at any time. The matrix is a constant: gradients flow to ``x``
-    alone, and there is no forward mode.
+    The numbers are computed in float32, rounded to the dtype of ``x`` and multiplied in it (the
+    GPU's body does not round them), sums are at least float32; the result has the dtype of ``x``,
+    or ``out_dtype``. Only a tile or a block of rows exists as numbers at any time. The matrix is a
+    constant: gradients flow to ``x`` alone, and there is no forward mode.
 
     Law: equal to ``x @ w`` to rounding; gradient ``grad @ w.T``.
 
@@ -91,7 +105,8 @@ def quantized_matmul(
 
     Args:
       implementation: see :data:`fnml.pallas_kernels.Implementation`.
-      interpret: runs the TPU body in Pallas' interpreter, ``"tpu"`` or ``pltpu.InterpretParams``.
+      interpret: runs a Pallas body in its interpreter: ``"tpu"``, ``"cuda"`` or an interpreter's
+        parameters.
 
     Raises:
       ValueError: shapes or dtypes do not fit together; all faults are listed.
@@ -107,18 +122,10 @@ def quantized_matmul(
     layout = Layout(bits, x.shape[-1], x.shape[-1] // scale.shape[0])
     rows = x.reshape(-1, x.shape[-1])
     dtype = jnp.dtype(out_dtype or x.dtype)
-    reasons = []
-    if x.dtype not in (jnp.float32, jnp.bfloat16):
-        reasons.append(f"x is {x.dtype}, expected float32 or bfloat16")
-    if rows.size == 0 or tpu_tiles(layout, rows.shape[0], codes.shape[1]) is None:
-        reasons.append(
-            f"in={layout.rows}, out={codes.shape[1]} and groups of {layout.group} rows have no "
-            "tiles: expected outputs, and the rows of codes, in multiples of 128 that groups divide"
-        )
     choice = choose(
         "quantized_matmul",
         implementation,
-        {"tpu": reasons},
+        _refusals(rows, packed, layout),
         interpret=interpret,
         worth=layout.rows * codes.shape[1] >= 2**20,
     )
@@ -127,6 +134,30 @@ def quantized_matmul(
     else:
         out = _matmul(rows, packed, layout, dtype, choice)
     return out.reshape(*x.shape[:-1], codes.shape[1])
+
+
+def _refusals(x: jax.Array, packed: Packed, layout: Layout) -> dict[str, list[str]]:
+    """Say for each body why it cannot multiply x [M, in]; an empty list if it can."""
+    M, outputs = x.shape[0], packed.codes.shape[1]
+    sizes = f"in={layout.rows}, out={outputs} and groups of {layout.group} rows have no tiles"
+    tpu, cuda = [], hopper_faults()
+    if x.dtype not in (jnp.float32, jnp.bfloat16):
+        tpu.append(f"x is {x.dtype}, expected float32 or bfloat16")
+    if x.size == 0 or tpu_tiles(layout, M, outputs) is None:
+        tpu.append(
+            f"{sizes}: expected outputs, and the rows of codes, in multiples of 128 that groups "
+            "divide"
+        )
+    if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+        cuda.append(f"x is {x.dtype}, expected float32, bfloat16 or float16")
+    if not 0 < M <= CUDA_M:
+        cuda.append(f"x has {M} rows (it takes 1 to {CUDA_M})")
+    elif x.size == 0 or cuda_tiles(layout, M, outputs) is None:
+        cuda.append(
+            f"{sizes}: expected outputs in multiples of 32, and rows of codes in multiples of 64 "
+            "that groups divide"
+        )
+    return {"tpu": tpu, "cuda": cuda}
 
 
 def _faults(x: jax.Array, packed: Packed, bits: int) -> list[str]:

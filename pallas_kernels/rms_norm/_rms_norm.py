@@ -8,25 +8,42 @@ import jax
 import jax.numpy as jnp
 
 from fnml.pallas_kernels._implementation import Choice, Implementation, choose, refuse, run
-from fnml.pallas_kernels.rms_norm import _lax
-from fnml.pallas_kernels.rms_norm._blocks import WIDEST, worth
+from fnml.pallas_kernels.rms_norm import _lax, _native
+from fnml.pallas_kernels.rms_norm._blocks import refusals, worth
 from fnml.pallas_kernels.rms_norm._reference import reference
 
 Outputs = tuple[Any, ...]
 
 
-def _tpu_forward(
-    x: jax.Array, scale: jax.Array, residual: jax.Array | None, *, eps: float, interpret: Any
-) -> Outputs:
+def _tpu() -> Any:
     from fnml.pallas_kernels.rms_norm import _tpu
 
+    return _tpu
+
+
+def _gpu() -> Any:
+    from fnml.pallas_kernels.rms_norm import _gpu
+
+    return _gpu
+
+
+def _forward_rows(
+    body: Callable[[], Any],
+    x: jax.Array,
+    scale: jax.Array,
+    residual: jax.Array | None,
+    *,
+    eps: float,
+    interpret: Any,
+) -> Outputs:
     rows = x.reshape(-1, x.shape[-1])
     added = None if residual is None else residual.reshape(rows.shape)
-    out = _tpu.forward(rows, scale, added, eps, interpret=interpret)
+    out = body().forward(rows, scale, added, eps, interpret=interpret)
     return tuple(part.reshape(x.shape) for part in out)
 
 
-def _tpu_backward(
+def _backward_rows(
+    body: Callable[[], Any],
     total: jax.Array,
     scale: jax.Array,
     grad: jax.Array,
@@ -35,11 +52,9 @@ def _tpu_backward(
     eps: float,
     interpret: Any,
 ) -> Outputs:
-    from fnml.pallas_kernels.rms_norm import _tpu
-
     rows = total.reshape(-1, total.shape[-1])
     more = None if grad_total is None else grad_total.reshape(rows.shape)
-    grad_x, grad_scale = _tpu.backward(
+    grad_x, grad_scale = body().backward(
         rows, scale, grad.reshape(rows.shape), more, eps, interpret=interpret
     )
     return grad_x.reshape(total.shape), grad_scale
@@ -57,7 +72,9 @@ def _forward(
 ) -> tuple[Outputs, tuple[jax.Array, jax.Array]]:
     bodies: dict[str, Callable[..., Any]] = {
         "lax": functools.partial(_lax.forward, eps=eps),
-        "tpu": functools.partial(_tpu_forward, eps=eps),
+        "native": functools.partial(_native.forward, eps=eps),
+        "tpu": functools.partial(_forward_rows, _tpu, eps=eps),
+        "cuda": functools.partial(_forward_rows, _gpu, eps=eps),
     }
     out, total = run(choice, bodies, x, scale, residual)
     if residual is None:
@@ -70,7 +87,9 @@ def _backward(
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     bodies: dict[str, Callable[..., Any]] = {
         "lax": functools.partial(_lax.backward, eps=eps),
-        "tpu": functools.partial(_tpu_backward, eps=eps),
+        "native": functools.partial(_native.backward, eps=eps),
+        "tpu": functools.partial(_backward_rows, _tpu, eps=eps),
+        "cuda": functools.partial(_backward_rows, _gpu, eps=eps),
     }
     fused = len(grads) == 2
     grad, grad_scale = run(choice, bodies, *saved, grads[0], grads[1] if fused else None)
@@ -95,8 +114,9 @@ def rms_norm(
     pass over memory where two would write the sum and read it again. ``scale`` is [D] floats.
     Computed in at least float32, returned in the dtype of ``x``.
 
-    ``"auto"`` runs a kernel on TPU and what XLA fuses elsewhere. Where a kernel may run there is
-    no forward mode (``jax.jvp``): pass ``"lax"`` or ``"reference"`` for it.
+    ``"auto"`` runs a kernel on TPUs and Hopper GPUs, on CPUs within
+    :func:`fnml.pallas_kernels.native_kernels` one in C++, and what XLA fuses elsewhere. Where a
+    kernel may run there is no forward mode (``jax.jvp``): pass ``"lax"`` or ``"reference"`` for it.
 
     Law: ``rms_norm(x, s, r) == (rms_norm(x + r, s), x + r)`` and, for c > 0 and up to ``eps``,
     ``rms_norm(c * x, s) == rms_norm(x, s)``.
@@ -105,7 +125,8 @@ def rms_norm(
 
     Args:
       implementation: see :data:`fnml.pallas_kernels.Implementation`.
-      interpret: runs the TPU body in Pallas' interpreter, ``"tpu"`` or ``pltpu.InterpretParams``.
+      interpret: runs a Pallas body in its interpreter: ``"tpu"``, ``"cuda"`` or an interpreter's
+        parameters.
 
     Raises:
       ValueError: shapes or dtypes do not fit together; all faults are listed.
@@ -126,14 +147,7 @@ def rms_norm(
             f"residual is {residual.dtype} {residual.shape}, expected {x.dtype} {x.shape} like x"
         )
     refuse("rms_norm", faults)
-    reasons = []
-    if x.dtype not in (jnp.float32, jnp.bfloat16):
-        reasons.append(f"x is {x.dtype}, expected float32 or bfloat16")
-    if x.size == 0 or x.shape[-1] > WIDEST:
-        reasons.append(f"x is {x.shape}, expected some rows of at most {WIDEST} numbers")
-    choice = choose(
-        "rms_norm", implementation, {"tpu": reasons}, interpret=interpret, worth=worth(x)
-    )
+    choice = choose("rms_norm", implementation, refusals(x), interpret=interpret, worth=worth(x))
     if choice.only == "reference":
         out, total = reference(x, scale, residual, eps)
     elif choice.only == "lax" or choice == Choice():

@@ -20,16 +20,22 @@ def _arguments(N, E, D, F, dtype):
 
 CASES = [
     Case(
-        "grouped_matmul bf16 8192x1024x2816 8 groups",
+        "grouped_matmul bf16 8192x1024x2816 16 groups",
         grouped_matmul,
-        _arguments(8192, 8, 1024, 2816, jnp.bfloat16),
-        {"tpu": 1},
+        _arguments(8192, 16, 1024, 2816, jnp.bfloat16),
+        {"tpu": 1, "cuda": 1},
     ),
     Case(
         "grouped_matmul grad bf16 8192x1024x2816 8 groups",
         _grad,
         _arguments(8192, 8, 1024, 2816, jnp.bfloat16),
-        {"tpu": 3},
+        {"tpu": 3, "cuda": 3},
+    ),
+    Case(
+        "grouped_matmul grad f16 1001x384x896 16 groups",
+        _grad,
+        _arguments(1001, 16, 384, 896, jnp.float16),
+        {"cuda": 3},
     ),
     Case(
         "grouped_matmul grad f32 1001x256x384 16 groups",

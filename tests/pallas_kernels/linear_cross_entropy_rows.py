@@ -28,7 +28,19 @@ CASES = [
         "linear_cross_entropy bf16 N=4096 D=1024 V=32768",
         lambda x, w, labels: linear_cross_entropy(x, w, labels)[0],
         _arguments(4096, 1024, 32768, jnp.bfloat16),
-        {"tpu": 1},
+        {"tpu": 1, "cuda": 1},
+    ),
+    Case(
+        "linear_cross_entropy grad bf16 N=8192 D=768 V=50257",
+        _grads(label_smoothing=0.1, z_loss=1e-4),
+        _arguments(8192, 768, 50257, jnp.bfloat16),
+        {"tpu": 3, "cuda": 2},
+    ),
+    Case(
+        "linear_cross_entropy grad f16 N=1000 D=512 V=8192",
+        _grads(),
+        _arguments(1000, 512, 8192, jnp.float16),
+        {"cuda": 2},
     ),
     Case(
         "linear_cross_entropy grad f32 N=2048 D=1024 V=32768",

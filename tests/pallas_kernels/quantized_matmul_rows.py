@@ -31,13 +31,25 @@ CASES = [
         "quantized_matmul int8 bf16 1x4096x4096",
         quantized_matmul,
         _arguments(1, 4096, 4096, 8, 1, jnp.bfloat16),
-        {"tpu": 1},
+        {"tpu": 1, "cuda": 1},
     ),
     Case(
         "quantized_matmul int4 bf16 16x4096x11008 groups of 128",
         functools.partial(quantized_matmul, bits=4),
         _arguments(16, 4096, 11008, 4, 32, jnp.bfloat16),
         {"tpu": 1},
+    ),
+    Case(
+        "quantized_matmul int4 zero bf16 8x4096x8192 groups of 128",
+        functools.partial(quantized_matmul, bits=4),
+        _arguments(8, 4096, 8192, 4, 32, jnp.bfloat16, zero=True),
+        {"tpu": 1, "cuda": 1},
+    ),
+    Case(
+        "quantized_matmul grad int4 f16 1x4096x14336 groups of 64",
+        functools.partial(_grad, bits=4),
+        _arguments(1, 4096, 14336, 4, 64, jnp.float16),
+        {"cuda": 1},
     ),
     Case(
         "quantized_matmul grad int8 zero f32 1000x2048x1024 groups of 64",

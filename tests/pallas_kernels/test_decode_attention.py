@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import TOLERANCE, distance, races, strict_tpu
+from kernel_cases import TOLERANCE, distance, races, strict_cuda, strict_tpu
 
 from fnml.pallas_kernels import cache_update, decode_attention, paged_update, quantize_cache
 
@@ -50,10 +50,10 @@ def _numbers(codes, scale):
     return np.asarray(codes, np.float64) * np.asarray(scale).swapaxes(1, 2)[..., None]
 
 
-def _in_pages(cache, table, count, *, axis=1, unused=np.nan):
+def _in_pages(cache, table, count, *, axis=1, unused=np.nan, page=PAGE):
     """Scatter [B, S, ...] over ``count`` pages, the rest of which holds ``unused``."""
     shape = list(cache.shape)
-    shape[0], shape[axis] = count, PAGE
+    shape[0], shape[axis] = count, page
     fill = unused if jnp.issubdtype(cache.dtype, jnp.floating) else 99
     pages = jnp.full(shape, fill, cache.dtype)
     return paged_update(pages, cache, table, jnp.zeros(cache.shape[0], jnp.int32), axis=axis)
@@ -139,6 +139,69 @@ def test_no_races_and_no_reads_out_of_bounds():
     assert distance(got, want) < TOLERANCE["float32"]
 
 
+def _past_the_end(cache, lengths):
+    return (jnp.arange(cache.shape[1])[None, :] >= lengths[:, None])[:, :, None, None]
+
+
+def test_the_gpu_body_equals_float64_without_a_race():
+    q, k, v = (
+        _draw(2, size, heads, 64, seed=seed, dtype="float16")
+        for seed, (size, heads) in enumerate(((2, 2), (128, 1), (128, 1)))
+    )
+    # The first sequence has a single token: its first query sees none.
+    lengths = jnp.array([1, 100])
+    want = _textbook(q, k, v, lengths, soft_cap=3.0)
+    k, v = (jnp.where(_past_the_end(x, lengths), jnp.nan, x) for x in (k, v))
+    options = {"implementation": "pallas", "interpret": strict_cuda()}
+    got = _read(q, k, v, lengths, soft_cap=3.0, **options)
+    assert got.dtype == jnp.float16
+    assert distance(got, want) < TOLERANCE["float16"]
+    assert not races("cuda")
+
+
+@pytest.mark.slow
+def test_the_gpu_body_cuts_a_sequence_into_parts():
+    # 16 tiles go in two parts of two readers each; the window leaves them the last three.
+    q, k, v = (
+        _draw(1, size, heads, 64, seed=seed, dtype="bfloat16")
+        for seed, (size, heads) in enumerate(((3, 4), (1024, 2), (1024, 2)))
+    )
+    lengths = jnp.array([1000])
+    options = {"implementation": "pallas", "interpret": "cuda"}
+    got = _read(q, k, v, lengths, window=100, **options)
+    assert distance(got, _textbook(q, k, v, lengths, window=100)) < TOLERANCE["bfloat16"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("page", "int8"), [(16, False), (32, True), (128, True)], ids=["16", "32 int8", "128 int8"]
+)
+def test_the_gpu_body_reads_pages_and_codes(page, int8):
+    # 160 tokens in small pages: the last tile of 64 has more than the table.
+    size = 256 if page == 128 else 160
+    pages, lengths, scales = size // page, jnp.array([131]), {}
+    table = jnp.asarray(np.random.default_rng(5).permutation(pages + 2)[None, :pages])
+    q, k, v = (
+        _draw(1, count, heads, 64, seed=seed, dtype="float16")
+        for seed, (count, heads) in enumerate(((1, 2), (size, 1), (size, 1)))
+    )
+    want = _textbook(q, k, v, lengths)
+    if int8:
+        (k, k_scale), (v, v_scale) = quantize_cache(k), quantize_cache(v)
+        want = _textbook(q, _numbers(k, k_scale), _numbers(v, v_scale), lengths)
+        scales = {
+            name: _in_pages(scale, table, pages + 2, axis=2, page=page)
+            for name, scale in (("k_scale", k_scale), ("v_scale", v_scale))
+        }
+    else:
+        k, v = (jnp.where(_past_the_end(x, lengths), jnp.nan, x) for x in (k, v))
+    k, v = (_in_pages(cache, table, pages + 2, page=page) for cache in (k, v))
+    options = {"implementation": "pallas", "interpret": strict_cuda()}
+    got = _read(q, k, v, lengths, table, **scales, **options)
+    assert distance(got, want) < TOLERANCE["float16"]
+    assert not races("cuda")
+
+
 @pytest.mark.parametrize("int8", [False, True])
 def test_long_caches_go_by_blocks_and_have_a_derivative(int8):
     # 600 tokens: two blocks of 256, and a third one that begins where the second one did not end.
@@ -200,5 +263,17 @@ def test_misuse_is_refused_with_every_fault():
     prompt = jnp.ones((2, 300, 4, 8))
     with pytest.raises(NotImplementedError, match=r"attention\(\) is for prompts"):
         decode_attention(prompt, whole, whole, jnp.array([1, 2]), implementation="pallas")
+    narrow = jnp.ones((2, 100, 4, 32))
+    with pytest.raises(NotImplementedError, match=r"float16.*head width 32.*a cache of 100 tokens"):
+        decode_attention(
+            narrow, narrow, narrow, jnp.array([1, 2]), implementation="pallas", interpret="cuda"
+        )
+    codes, scale = jnp.ones((9, 16, 1, 64), jnp.int8), jnp.ones((9, 1, 16))
+    with pytest.raises(NotImplementedError, match=r"pages of 16 tokens \(it takes 32 and"):
+        decode_attention(
+            jnp.ones((2, 1, 1, 64), jnp.bfloat16), codes, codes, jnp.array([1, 2]),
+            jnp.zeros((2, 4), jnp.int32), k_scale=scale, v_scale=scale,
+            implementation="pallas", interpret="cuda",
+        )  # fmt: skip
     with pytest.raises(ValueError, match=r"expected \[P, page"):
         paged_update(whole, whole, jnp.zeros(2, jnp.int32), jnp.zeros(2, jnp.int32))

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
-from kernel_cases import TOLERANCE, distance, races, strict_tpu
+from kernel_cases import TOLERANCE, distance, races, strict_cuda, strict_tpu
 
 from fnml.pallas_kernels import grouped_matmul
 from fnml.pallas_kernels.grouped_matmul._visits import plan
@@ -96,6 +96,29 @@ def test_no_races_and_no_reads_out_of_bounds():
     assert distance(got, _textbook(*arrays, sizes)) < TOLERANCE["float32"]
 
 
+@pytest.mark.slow
+def test_the_gpu_bodies_equal_float64_without_a_race():
+    # 200 rows, filled up to two tiles of 128: the groups begin and end within them, one is empty,
+    # and the last rows belong to none. They are not read: NaN stays there.
+    arrays, sizes = _draw(200, 3, 128, 128, dtype="float16"), (70, 0, 90)
+    x, w, grad = arrays
+    unread = (jnp.arange(200) >= sum(sizes))[:, None]
+    options = {"implementation": "pallas", "interpret": strict_cuda()}
+    got = _computed(jnp.where(unread, jnp.nan, x), w, grad, sizes, **options)
+    assert not races("cuda")
+    assert distance(got, _textbook(*arrays, sizes)) < TOLERANCE["float16"]
+
+
+def test_the_gpu_body_multiplies_wide_matrices():
+    # A tile of 256 columns; the matrices are float32, as parameters are, and get rounded.
+    (x, w, _), sizes = _draw(128, 2, 128, 256, dtype="bfloat16"), (50, 78)
+    wide = w.astype(jnp.float32)
+    got = grouped_matmul(x, wide, jnp.array(sizes), implementation="pallas", interpret="cuda")
+    assert got.dtype == jnp.bfloat16
+    want = _textbook(x, w, jnp.zeros((128, 256)), sizes)[0]
+    assert distance(got, want) < TOLERANCE["bfloat16"]
+
+
 def test_it_equals_ragged_dot():
     x, w, _ = _draw(37, 4, 8, 6)
     sizes = jnp.array([5, 0, 20, 9], jnp.int32)
@@ -124,5 +147,6 @@ def test_misuse_is_refused_with_every_fault():
         ValueError, match=r"w is float32 \(2, 3, 5\), expected floats \(E, 4, F\); g"
     ):
         grouped_matmul(jnp.ones((2, 4)), w, jnp.ones(2))
-    with pytest.raises(NotImplementedError, match="multiples of 128"):
+    both = r"tpu: .*multiples of 128, cuda: x is float32 .*multiples of 128"
+    with pytest.raises(NotImplementedError, match=both):
         grouped_matmul(x, w, jnp.array([1, 3]), implementation="pallas")

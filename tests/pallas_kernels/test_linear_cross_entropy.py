@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import TOLERANCE, distance, double, races, strict_tpu
+from kernel_cases import TOLERANCE, distance, double, races, strict_cuda, strict_tpu
 
 from fnml.pallas_kernels import linear_cross_entropy
+from fnml.pallas_kernels.linear_cross_entropy import _gpu
 
 
 def _draw(N, D, V, dtype=np.float32, seed=0):
@@ -79,6 +80,27 @@ def test_the_tpu_body_has_no_race_and_reads_no_foreign_memory():
     assert not races()
 
 
+def test_the_gpu_body_equals_the_textbook_form():
+    # 100 tokens and 140 classes are filled up to 128 and to two tiles, read as two parts.
+    inputs, options = _draw(100, 64, 140, "bfloat16"), {"label_smoothing": 0.1, "z_loss": 1e-2}
+    want = double(_mean_and_grads("reference", **options), *inputs)
+    got = jax.jit(_mean_and_grads("pallas", "cuda", **options))(*inputs)
+    assert got[1][1].dtype == jnp.bfloat16
+    assert distance(got, want) < TOLERANCE["bfloat16"]
+
+
+@pytest.mark.slow
+def test_the_gpu_body_has_no_race_and_goes_by_chunks(monkeypatch):
+    # A ring of three slots and four steps through two tiles of classes, and two chunks of tokens.
+    monkeypatch.setattr(_gpu, "cuda_parts", lambda tiles, columns: 1)
+    monkeypatch.setattr(_gpu, "cuda_chunk", lambda N, V: 128)
+    inputs = _draw(200, 128, 256, "float16")
+    want = double(_mean_and_grads("reference"), *inputs)
+    got = jax.jit(_mean_and_grads("pallas", strict_cuda()))(*inputs)
+    assert distance(got, want) < TOLERANCE["float16"]
+    assert not races("cuda")
+
+
 def test_totals_of_parts_add_up_and_masked_tokens_do_not_count():
     x, w, labels, weights = _draw(20, 4, 6)
     weights = weights.at[3].set(0.0)
@@ -138,7 +160,7 @@ def test_what_does_not_fit_is_named():
         )
     for part in ("(5, 3)", "labels int32 (3,)", "weights (5,)", "=1.0", "z_loss=-1.0", "chunk=0"):
         assert part in str(error.value)
-    with pytest.raises(NotImplementedError, match="float16"):
+    with pytest.raises(NotImplementedError, match=r"tpu: dtype float16.*cuda: width 3"):
         linear_cross_entropy(
             x.astype("float16"), w.astype("float16"), labels, implementation="pallas"
         )

@@ -4,20 +4,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from kernel_cases import TOLERANCE, distance, races, strict_tpu
+from kernel_cases import TOLERANCE, distance, races, strict_cuda, strict_tpu
 
 from fnml.pallas_kernels import layer_norm, rms_norm
+from fnml.pallas_kernels.layer_norm import _gpu as layer_norm_gpu
 from fnml.pallas_kernels.layer_norm import _tpu as layer_norm_tpu
+from fnml.pallas_kernels.rms_norm import _gpu as rms_norm_gpu
 from fnml.pallas_kernels.rms_norm import _tpu as rms_norm_tpu
+from fnml.pallas_kernels.rms_norm._blocks import RowBlocks
 
 NORMS = {"rms_norm": rms_norm, "layer_norm": layer_norm}
 BODIES = {
     "reference": {"implementation": "reference"},
     "lax": {"implementation": "lax"},
     "tpu": {"implementation": "pallas", "interpret": "tpu"},
+    "cuda": {"implementation": "pallas", "interpret": "cuda"},
 }
+GPU_BODIES = {"rms_norm": rms_norm_gpu, "layer_norm": layer_norm_gpu}
 
 
 def _draw(shape, dtype="float32", seed=0, bias=True):
@@ -71,7 +76,9 @@ def _computed(name, x, scale, bias, residual, grad, more, eps, **options):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("fused", [False, True])
 def test_results_and_gradients_equal_float64(name, body, dtype, fused):
-    x, scale, bias, residual, grad, more = _draw((3, 5, 100), dtype, bias=name == "layer_norm")
+    # Whole lanes are all that the GPU's body takes.
+    shape = (3, 5, 256 if body == "cuda" else 100)
+    x, scale, bias, residual, grad, more = _draw(shape, dtype, bias=name == "layer_norm")
     arrays = (x, scale, bias, residual if fused else None, grad, more)
     got = _computed(name, *arrays, 1e-5, **BODIES[body])
     want = _textbook(name, *arrays, 1e-5)
@@ -117,6 +124,36 @@ def test_no_races_and_no_reads_out_of_bounds(name):
 
 
 @pytest.mark.parametrize("name", NORMS)
+def test_float16_on_a_gpu(name):
+    arrays = _draw((3, 256), "float16", bias=name == "layer_norm")
+    got = _computed(name, *arrays, 1e-5, **BODIES["cuda"])
+    assert distance(got, _textbook(name, *arrays, 1e-5)) < TOLERANCE["float16"]
+
+
+@settings(max_examples=2)
+@example(rows=5, lanes=1, parts=2, blocks=2, seed=0)  # a block with one row less, wide rows
+@given(
+    rows=st.integers(1, 5),
+    lanes=st.integers(1, 2),
+    parts=st.integers(1, 2),
+    blocks=st.integers(1, 3),
+    seed=st.integers(0, 9),
+)
+@pytest.mark.parametrize("name", NORMS)
+def test_a_gpu_divides_rows_without_races(name, rows, lanes, parts, blocks, seed):
+    x, scale, bias, residual, grad, more = _draw((rows, 256 * lanes * parts), seed=seed)
+    options = {"cut": RowBlocks(blocks, 256 * lanes), "interpret": strict_cuda()}
+    middle = (bias,) if name == "layer_norm" else ()
+    out = GPU_BODIES[name].forward(x, scale, *middle, residual, 1e-3, **options)
+    assert not races("cuda")
+    grads = GPU_BODIES[name].backward(out[1], scale, *middle, grad, more, 1e-3, **options)
+    assert not races("cuda")
+    given_bias = bias if middle else None
+    want = _textbook(name, x, scale, given_bias, residual, grad, more, 1e-3)
+    assert distance((list(out), list(grads)), want) < 5e-6
+
+
+@pytest.mark.parametrize("name", NORMS)
 def test_the_fused_sum_changes_no_bit(name):
     x, scale, _, residual, *_ = _draw((40, 64))
     y, total = NORMS[name](x, scale, residual=residual)
@@ -153,5 +190,7 @@ def test_misuse_is_refused_with_every_fault():
         layer_norm(x, jnp.ones(3), jnp.ones(2))
     with pytest.raises(ValueError, match="x is int32"):
         rms_norm(jnp.ones(4, jnp.int32), jnp.ones(4))
-    with pytest.raises(NotImplementedError, match="at most 32768 numbers"):
+    with pytest.raises(NotImplementedError, match=r"at most 32768 numbers.* up to 16384"):
         layer_norm(jnp.ones((1, 40_000)), jnp.ones(40_000), implementation="pallas")
+    with pytest.raises(NotImplementedError, match=r"cuda: x is .*a multiple of 256 numbers"):
+        rms_norm(jnp.ones((2, 384)), jnp.ones(384), implementation="pallas", interpret="cuda")

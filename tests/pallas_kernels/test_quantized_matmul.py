@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from kernel_cases import TOLERANCE, distance, races, strict_tpu
+from kernel_cases import TOLERANCE, distance, races, strict_cuda, strict_tpu
 
 from fnml.core import Model, Param, init
 from fnml.pallas_kernels import quantized_matmul
+from fnml.pallas_kernels.quantized_matmul._blocks import cuda_tiles
+from fnml.pallas_kernels.quantized_matmul._packed import Layout
 from fnml.transforms import adapt, merge, quantize
 
 BODIES = {
@@ -101,6 +103,31 @@ def test_no_races_and_no_reads_out_of_bounds(bits):
     assert not races()
 
 
+@pytest.mark.parametrize(
+    ("M", "K", "N", "bits", "groups", "zero", "dtype"),
+    [
+        (1, 256, 32, 8, 1, False, "float32"),  # one batch of rows for four warpgroups
+        (2, 640, 32, 8, 5, True, "bfloat16"),  # five: one warpgroup takes two
+        (3, 256, 64, 4, 4, False, "float16"),  # two blocks of columns
+        (1, 512, 32, 4, 16, True, "float32"),  # eight groups in a batch
+    ],
+)
+def test_the_gpu_body_without_races(M, K, N, bits, groups, zero, dtype):
+    arrays = _draw(M, K, N, bits, groups, zero, dtype=dtype)
+    options = {"implementation": "pallas", "interpret": strict_cuda()}
+    assert max(_distances(*arrays, bits=bits, **options)) < TOLERANCE[dtype]
+    assert not races("cuda")
+
+
+def test_a_gpu_gets_columns_for_as_many_cores_as_it_can():
+    for outputs in (128, 4096, 8192, 11008, 14336, 28672):
+        tiles = cuda_tiles(Layout(8, 4096, 128), 1, outputs)
+        # Every multiprocessor of 132 has the same number of blocks, but for a fifth of them.
+        rounds = outputs / tiles.n / 132
+        assert rounds < 1 or rounds / np.ceil(rounds) > 0.8
+    assert cuda_tiles(Layout(4, 4096, 1365), 1, 4096) is None
+
+
 @pytest.mark.parametrize("zero_point", [False, True])
 @pytest.mark.parametrize("bits", [8, 4])
 def test_it_reads_what_quantize_stores(bits, zero_point):
@@ -127,5 +154,7 @@ def test_misuse_is_refused():
         quantized_matmul(x, codes, jnp.ones((4, 3)))
     with pytest.raises(ValueError, match="zero is float32"):
         quantized_matmul(x, codes.astype(jnp.uint8), scale, jnp.ones((2, 3)))
-    with pytest.raises(NotImplementedError, match="multiples of 128"):
+    with pytest.raises(NotImplementedError, match=r"multiples of 128.*multiples of 32"):
         quantized_matmul(x, codes, scale, implementation="pallas")
+    with pytest.raises(NotImplementedError, match=r"cuda: x has 9 rows \(it takes 1 to 8\)"):
+        quantized_matmul(jnp.ones((9, 6)), codes, scale, implementation="pallas", interpret="cuda")

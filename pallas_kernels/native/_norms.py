@@ -1,0 +1,89 @@
+"""RMSNorm and LayerNorm on CPUs in C++: what :func:`rms_norm` and :func:`layer_norm` share."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fnml.pallas_kernels.native._call import call
+from fnml.pallas_kernels.native._scope import unavailable
+
+
+def norm_faults(x: jax.Array) -> list[str]:
+    """Say why there is no C++ body for ``x``; nothing if there is."""
+    faults = unavailable()
+    if x.dtype != jnp.float32:
+        faults.append(f"x is {x.dtype}, expected float32")
+    if not all(isinstance(size, int) for size in x.shape) or x.size == 0:
+        faults.append(f"x is {x.shape}, expected some numbers")
+    return faults
+
+
+def norm_forward(
+    x: jax.Array,
+    scale: jax.Array,
+    bias: jax.Array | None,
+    residual: jax.Array | None,
+    *,
+    eps: float,
+    centred: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """Return the normalised sum and the sum of x [..., D] and the residual."""
+    rows, more = _rows(x), _rows_or_none(residual, x)
+    out, total = call(
+        "fnml_norm_forward",
+        (_like(rows), _like(more)),
+        rows,
+        _vector(scale),
+        _vector(bias),
+        more,
+        eps=np.float32(eps),
+        centred=np.int64(centred),
+    )
+    return out.reshape(x.shape), x if residual is None else total.reshape(x.shape)
+
+
+def norm_backward(
+    total: jax.Array,
+    scale: jax.Array,
+    bias: jax.Array | None,
+    grad: jax.Array,
+    grad_total: jax.Array | None,
+    *,
+    eps: float,
+    centred: bool,
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Return the gradients of the sum [..., D], of the scale and of the bias."""
+    rows, vector = _rows(total), _vector(scale)
+    grad_x, grad_scale, grad_bias = call(
+        "fnml_norm_backward",
+        (_like(rows), _like(vector), _like(_vector(bias))),
+        rows,
+        vector,
+        _rows(grad),
+        _rows_or_none(grad_total, total),
+        eps=np.float32(eps),
+        centred=np.int64(centred),
+    )
+    # The other bodies' gradients have the dtypes of the vectors.
+    return (
+        grad_x.reshape(total.shape),
+        grad_scale.astype(scale.dtype),
+        None if bias is None else grad_bias.astype(bias.dtype),
+    )
+
+
+def _rows(x: jax.Array) -> jax.Array:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _rows_or_none(x: jax.Array | None, like: jax.Array) -> jax.Array:
+    """Return rows, or no rows for an array that is not there."""
+    return jnp.zeros((0, like.shape[-1]), like.dtype) if x is None else _rows(x)
+
+
+def _vector(x: jax.Array | None) -> jax.Array:
+    return jnp.zeros(0, jnp.float32) if x is None else x.astype(jnp.float32)
+
+
+def _like(x: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)

@@ -1,0 +1,223 @@
+"""The linear layer in C++: value and gradients, which calls it takes, one result for any threads."""
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fnml.models import linear
+from fnml.pallas_kernels import native_faults, native_kernels
+from fnml.pallas_kernels.native import (
+    linear_faults,
+    linear_forward,
+    linear_input_gradient,
+    linear_kernel_gradient,
+)
+
+pytestmark = pytest.mark.skipif(bool(native_faults()), reason="; ".join(native_faults()))
+
+EPSILON = float(np.finfo(np.float32).eps)
+TAKEN = "fnml_linear_forward"
+
+
+def arrays(N, D, F, seed=0):
+    """Return x, the kernel, the bias and a gradient of the result, in float64."""
+    rng = np.random.default_rng(seed)
+    return [rng.normal(size=shape) for shape in [(N, D), (D, F), (F,), (N, F)]]
+
+
+def floats(*given_arrays):
+    return [jnp.asarray(x, jnp.float32) for x in given_arrays]
+
+
+def products(x, kernel, bias, grad):
+    """Run the three C++ products, whatever their sizes."""
+    with native_kernels():
+        return (
+            linear_forward(x, kernel, bias),
+            linear_input_gradient(kernel, grad),
+            *linear_kernel_gradient(x, grad, bias=True),
+        )
+
+
+def bounds(x, kernel, bias, grad):
+    """Return the exact results, and how far float32 sums may be from them.
+
+    A sum of n products has a relative error of at most n roundings against the sum of their
+    absolute values, in any order, and one for each operand's own rounding.
+    """
+    size = [np.abs(a) for a in (x, kernel, bias, grad)]
+
+    def of(x, kernel, bias, grad):
+        return x @ kernel + bias, grad @ kernel.T, x.T @ grad, grad.sum(0)
+
+    lengths = (x.shape[1] + 1, kernel.shape[1], x.shape[0], x.shape[0])
+    sums = of(*size)
+    far = [(n + 2) * EPSILON * total for n, total in zip(lengths, sums, strict=True)]
+    return of(x, kernel, bias, grad), far
+
+
+# Below and above a vector, a panel, a tile, a block and what one thread takes.
+sizes = st.one_of(
+    st.integers(1, 70), st.sampled_from([96, 127, 128, 129, 255, 400, 513]), st.integers(500, 540)
+)
+
+
+@settings(max_examples=25, deadline=None)
+@given(N=sizes, D=sizes, F=sizes, seed=st.integers(0, 3))
+def test_every_entry_is_within_the_bound_of_its_sum(N, D, F, seed):
+    x, kernel, bias, grad = arrays(N, D, F, seed)
+    found = products(*floats(x, kernel, bias, grad))
+    for value, exact, far in zip(found, *bounds(x, kernel, bias, grad), strict=True):
+        assert value.shape == exact.shape
+        assert (np.abs(np.asarray(value, np.float64) - exact) <= far).all()
+
+
+def test_long_and_wide_products_keep_their_precision():
+    # Several blocks of C, of its rows and of the depth. A random walk of n roundings stays far
+    # below n of them: measured 4e-7 relative to the norm.
+    x, kernel, bias, grad = arrays(1030, 1100, 530)
+    exact, _ = bounds(x, kernel, bias, grad)
+    for value, wanted in zip(products(*floats(x, kernel, bias, grad)), exact, strict=True):
+        assert np.linalg.norm(value - wanted) < 1e-6 * np.linalg.norm(wanted)
+
+
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("lead", [(2, 80), (160,)])
+def test_the_layer_is_differentiated_as_outside_the_scope(lead, biased):
+    x, kernel, bias, grad = floats(*arrays(160, 72, 88))
+    x, grad = x.reshape(*lead, 72), grad.reshape(*lead, 88)
+
+    def both(x, kernel, bias):
+        out, back = jax.vjp(linear, x, kernel, bias)
+        return out, *back(grad)
+
+    given_bias = bias if biased else None
+    outside = jax.jit(both)(x, kernel, given_bias)
+    with native_kernels():
+        assert TAKEN in jax.jit(both).lower(x, kernel, given_bias).as_text()
+        inside = jax.jit(both)(x, kernel, given_bias)
+    assert jax.tree.structure(inside) == jax.tree.structure(outside)
+    for value, expected in zip(jax.tree.leaves(inside), jax.tree.leaves(outside), strict=True):
+        distance = np.linalg.norm(value - expected) / np.linalg.norm(expected)
+        assert distance < 1e-6  # sums of up to 160 products
+
+
+def test_second_derivatives_are_those_outside():
+    x, kernel, bias, _ = floats(*arrays(128, 64, 64))
+
+    def penalty(kernel, bias):
+        slope = jax.grad(lambda x: (linear(x, kernel, bias) ** 2).sum())(x)
+        return (slope**2).sum()
+
+    expected = jax.grad(penalty, argnums=(0, 1))(kernel, bias)
+    with native_kernels():
+        found = jax.grad(penalty, argnums=(0, 1))(kernel, bias)
+    for value, other in zip(found, expected, strict=True):
+        assert np.linalg.norm(value - other) < 3e-6 * np.linalg.norm(other)
+
+
+def test_nothing_changes_outside_the_scope():
+    x, kernel, bias, _ = floats(*arrays(128, 64, 64))
+
+    def program():
+        return str(
+            jax.make_jaxpr(jax.grad(lambda *a: linear(*a).sum(), (0, 1, 2)))(x, kernel, bias)
+        )
+
+    before = program()
+    with native_kernels():
+        inside = program()
+    assert program() == before != inside
+    assert "ffi_call" not in before
+    assert "ffi_call" in inside
+
+
+def test_other_platforms_keep_their_form():
+    x, kernel, _, _ = floats(*arrays(128, 64, 64))
+    with native_kernels():
+        traced = jax.jit(lambda *a: linear(*a)).trace(x, kernel)
+        assert TAKEN in traced.lower().as_text()
+        for platform in ("tpu", "cuda", "rocm"):
+            assert "fnml_linear" not in traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+def test_vmap_has_the_bits_of_the_form_outside():
+    x, kernel, bias, grad = floats(*arrays(256, 64, 64))
+    x, grad = x.reshape(2, 128, 64), grad.reshape(2, 128, 64)
+
+    def one(x, grad, kernel):
+        out, back = jax.vjp(linear, x, kernel, bias)
+        return out, back(grad)
+
+    # Without jit, so that no fusion chooses another order of sums.
+    outside = jax.vmap(one, in_axes=(0, 0, None))(x, grad, kernel)
+    with native_kernels():
+        inside = jax.vmap(one, in_axes=(0, 0, None))(x, grad, kernel)
+    for value, expected in zip(jax.tree.leaves(inside), jax.tree.leaves(outside), strict=True):
+        np.testing.assert_array_equal(value, expected)
+
+
+@pytest.mark.parametrize(
+    ("rows", "inner", "columns", "dtype", "out_dtype"),
+    [
+        (127, 64, 64, "float32", None),
+        (128, 63, 64, "float32", None),
+        (128, 64, 63, "float32", None),
+        (128, 512, 513, "float32", None),
+        (128, 64, 64, "bfloat16", None),
+        (128, 64, 64, "bfloat16", "float32"),
+        (128, 64, 64, "float32", "bfloat16"),
+    ],
+)
+def test_other_sizes_and_dtypes_keep_their_form(rows, inner, columns, dtype, out_dtype):
+    x, kernel = jnp.ones((rows, inner), dtype), jnp.ones((inner, columns), jnp.float32)
+    plain = str(jax.make_jaxpr(lambda *a: linear(*a, out_dtype=out_dtype))(x, kernel))
+    with native_kernels():
+        inside = str(jax.make_jaxpr(lambda *a: linear(*a, out_dtype=out_dtype))(x, kernel))
+    assert inside == plain
+
+
+def test_faults_are_named():
+    assert linear_faults(jnp.ones((0, 3)), jnp.ones((3, 4), jnp.int32)) == [
+        "x is (0, 3), expected some numbers",
+        "the kernel is int32, expected float32",
+    ]
+
+
+def digest():
+    """Return a hash of all three products at sizes that threads share."""
+    total = hashlib.sha256()
+    for N, D, F in [(700, 96, 176), (150, 70, 260)]:
+        for value in products(*floats(*arrays(N, D, F))):
+            total.update(np.asarray(value).tobytes())
+    return total.hexdigest()
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="CPUs cannot be chosen here")
+def test_the_bits_are_the_same_for_any_number_of_threads():
+    cpus = sorted(os.sched_getaffinity(0))
+    if len(cpus) < 2:
+        pytest.skip("one CPU only")
+    here = Path(__file__)
+    code = (
+        f"import os, sys; os.sched_setaffinity(0, {cpus[:1]})\n"
+        f"sys.path.insert(0, {str(here.parent)!r})\n"
+        f"import {here.stem}; print({here.stem}.digest())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={k: v for k, v in os.environ.items() if k != "XLA_FLAGS"},
+    )
+    assert done.stdout.strip() == digest()
