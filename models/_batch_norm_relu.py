@@ -100,7 +100,8 @@ def batch_norm_relu(
     CPU, for float32.
     """
     arrays = [x] if residual is None else [x, residual]
-    if not (train and native_takes(*arrays) and native_takes(scale, bias)):
+    fits = scale.shape == bias.shape == x.shape[-1:]
+    if not (train and fits and native_takes(*arrays) and native_takes(scale, bias)):
         y, stats = batch_norm(x, scale, bias, state=state, train=train, eps=eps)
         return jax.nn.relu(y if residual is None else residual + y), stats
     plan = _Plan(eps, residual is not None)

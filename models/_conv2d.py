@@ -13,7 +13,7 @@ from fnml.models import _conv_native
 from fnml.models._conv_forms import Slide
 from fnml.models._floats import refuse_integers
 from fnml.models._formulation import ConvForm, ConvForms, conv2d_forms
-from fnml.pallas_kernels.native import active, conv2d_faults, on_cpu
+from fnml.pallas_kernels.native import active, faults_of, on_cpu
 
 Padding = Literal["SAME", "VALID"]
 _Form = Callable[..., jax.Array]
@@ -191,5 +191,5 @@ def conv2d(
         return forms.shifted(x, kernel, slide)
     chosen = conv2d_forms(kernel.shape, stride, slide.outputs(x, kernel)[0], x.dtype, form)
     # The compiler cannot divide a call of C++ over devices.
-    native = form == "auto" and active() and not divided() and not conv2d_faults(x, kernel)
+    native = form == "auto" and active() and not divided() and not faults_of(x=x, kernel=kernel)
     return _conv2d(x, kernel, _Plan(slide, chosen, form != "auto", native))

@@ -12,7 +12,7 @@ from fnml.models._floats import refuse_integers
 from fnml.pallas_kernels import QuantizedMatrix
 from fnml.pallas_kernels.native import (
     active,
-    linear_faults,
+    faults_of,
     linear_forward,
     linear_input_gradient,
     linear_kernel_gradient,
@@ -114,7 +114,7 @@ def _in_cpp(
     least = _LEAST_IN_CPP
     return (
         active()
-        and not linear_faults(rows, kernel)
+        and not faults_of(x=rows, kernel=kernel)
         and out_dtype == jnp.float32
         and (bias is None or bias.dtype == jnp.float32)
         and rows.shape[0] >= least["rows"]

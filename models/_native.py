@@ -1,10 +1,9 @@
 """Whether a layer runs its C++ body."""
 
 import jax
-import jax.numpy as jnp
 
 from fnml.core import divided
-from fnml.pallas_kernels.native import active
+from fnml.pallas_kernels.native import active, faults_of
 
 
 def native_takes(*arrays: jax.Array) -> bool:
@@ -15,7 +14,5 @@ def native_takes(*arrays: jax.Array) -> bool:
     # Numbers and NumPy's arrays have the plain form.
     if not active() or divided() or not all(isinstance(x, jax.Array) for x in arrays):
         return False
-    shape = arrays[0].shape
-    return all(isinstance(size, int) and size > 0 for size in shape) and all(
-        x.shape == shape and x.dtype == jnp.float32 for x in arrays
-    )
+    named = {str(number): x for number, x in enumerate(arrays)}
+    return all(x.shape == arrays[0].shape for x in arrays) and not faults_of(**named)

@@ -99,10 +99,10 @@ def rotate(x: jax.Array, by: Rotation) -> jax.Array:
     no forward mode (``jax.jvp``) then.
 
     Raises:
-      ShapeError: the rotation is for other positions or another width.
+      ShapeError: D is odd, or the rotation is for other positions or another width.
     """
     *_, length, _, width = x.shape
-    if by.cos.shape[-2:] != (length, width // 2):
+    if width % 2 or by.cos.shape[-2:] != (length, width // 2):
         raise ShapeError(
             f"rotate got x {x.shape} and a rotation {by.cos.shape}: expected [..., T, D / 2], "
             f"here [..., {length}, {width // 2}]"

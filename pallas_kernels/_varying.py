@@ -13,7 +13,12 @@ def zeros(shape: Sequence[int], dtype: Any, like: jax.Array) -> jax.Array:
 
     A loop whose sums begin the same on all devices and end differently is refused there.
     """
-    full, of = jnp.zeros(shape, dtype), jax.typeof(like)
-    kind = getattr(of, "manual_axis_type", None)
-    varies = tuple(kind.varying) if kind else tuple(getattr(of, "vma", ()))
+    full, varies = jnp.zeros(shape, dtype), varying(like)
     return lax.pcast(full, varies, to="varying") if varies else full
+
+
+def varying(x: jax.Array) -> tuple[str, ...]:
+    """Return the axes of a ``shard_map`` along which ``x`` is known to vary."""
+    of = jax.typeof(x)
+    kind = getattr(of, "manual_axis_type", None)
+    return tuple(kind.varying) if kind else tuple(getattr(of, "vma", ()))

@@ -17,7 +17,7 @@ def native(function: Callable[..., Any], library: Path | None = None) -> Callabl
     docs/speed.md for what it gains.
 
     Law: ``native(f) == f`` and ``grad(native(f)) == grad(f)`` to rounding, with the same bits for
-    any number of threads. ``vmap(native(f))`` runs nothing in C++.
+    any number of threads. What ``vmap`` maps over it runs as without.
 
     Args:
       library: what :func:`fnml.pallas_kernels.build_native` returned; ``None`` to call it.

@@ -58,7 +58,7 @@ def attention(
       dropout: the share of the weights dropped, in [0, 1); only with a ``key``. What is dropped
         depends on the key and the position alone: every implementation drops the same.
       key: the random key of dropout.
-      implementation: see :data:`fnml.pallas_kernels.Implementation`. "auto" takes a hand-written
+      implementation: see :data:`fnml.pallas_kernels.Implementation`. "auto" takes a Pallas
         kernel from 512 queries and keys on; docs/kernels.md lists what runs where.
       interpret: run a Pallas body in an interpreter, with ``implementation="pallas"``: "tpu",
         "cuda", or an interpreter's parameters.

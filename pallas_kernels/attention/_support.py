@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from fnml.pallas_kernels._compiler import hopper_faults
 from fnml.pallas_kernels.attention._blocks import CUDA, NATIVE_QUERIES
 from fnml.pallas_kernels.attention._tiles import Extras, Plan
-from fnml.pallas_kernels.native import unavailable
+from fnml.pallas_kernels.native import faults_of
 
 
 def refusals(plan: Plan, q: jax.Array, k: jax.Array, extras: Extras) -> dict[str, list[str]]:
@@ -52,18 +52,14 @@ def _cuda(plan: Plan, q: jax.Array, k: jax.Array, extras: Extras) -> list[str]:
 
 
 def _native(plan: Plan, q: jax.Array, k: jax.Array, extras: Extras) -> list[str]:
-    T, D = q.shape[1], q.shape[3]
-    S = k.shape[1]
-    faults = unavailable()
-    if q.dtype != jnp.float32:
-        faults.append(f"dtype {q.dtype} (it takes float32)")
-    if D % 16 or not 0 < D <= 256:
-        faults.append(f"head width {D} (it takes multiples of 16 up to 256)")
-    if not isinstance(T, int) or not isinstance(S, int):
-        faults.append(f"symbolic lengths T={T}, S={S}")
-    elif T < NATIVE_QUERIES or S < 1:
-        faults.append(f"lengths T={T}, S={S} (it takes {NATIVE_QUERIES} queries or more)")
-    return faults + _without(plan, extras)
+    found = faults_of(q=q, k=k) + _without(plan, extras)
+    if all(isinstance(n, int) for n in (*q.shape, *k.shape)):
+        T, D = q.shape[1], q.shape[3]
+        if D % 16 or D > 256:
+            found.append(f"head width {D} (it takes multiples of 16 up to 256)")
+        if T < NATIVE_QUERIES:
+            found.append(f"{T} queries (it takes {NATIVE_QUERIES} or more)")
+    return found
 
 
 def _without(plan: Plan, extras: Extras) -> list[str]:

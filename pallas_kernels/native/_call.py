@@ -1,15 +1,13 @@
 """Call a C++ body inside a program, beside the form that runs wherever it cannot."""
 
-import functools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
 from jax import lax
 from jax.custom_batching import custom_vmap
 
-from fnml.pallas_kernels.native._library import build_native, register
+from fnml.pallas_kernels.native._library import last_loaded, register
 from fnml.pallas_kernels.native._scope import current
 
 Function = Callable[..., Any]
@@ -21,13 +19,8 @@ def call(target: str, results: Any, *operands: jax.Array, **attributes: Any) -> 
     Attributes are typed strictly: ``np.float32``, ``np.int64``.
     """
     # Backward rules may be traced where the scope of their forward rules has ended.
-    name = register(current() or _built(), target)
+    name = register(current() or last_loaded(), target)
     return jax.ffi.ffi_call(name, results)(*operands, **attributes)
-
-
-@functools.cache
-def _built() -> Path:
-    return build_native()
 
 
 def on_cpu(native: Function, otherwise: Function, *operands: Any) -> Any:

@@ -7,10 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from fnml.pallas_kernels.native._call import call
-from fnml.pallas_kernels.native._scope import unavailable
 
 _FEATURES = 64
-"""Of one piece of work; see ``kFeatures`` in ``cc/conv2d.cc``."""
+"""About as many as one piece of work has (``kFeatures`` in ``cc/gather.h``, for wide vectors)."""
 
 
 class Window(NamedTuple):
@@ -31,17 +30,6 @@ class Window(NamedTuple):
     def attributes(self) -> dict[str, np.int64]:
         """Return what the C++ functions are told."""
         return {name: np.int64(value) for name, value in self._asdict().items()}
-
-
-def conv2d_faults(x: jax.Array, kernel: jax.Array) -> list[str]:
-    """Say why there is no C++ body for a convolution; nothing if there is."""
-    faults = unavailable()
-    for name, array in (("x", x), ("the kernel", kernel)):
-        if array.dtype != jnp.float32:
-            faults.append(f"{name} is {array.dtype}, expected float32")
-        if not all(isinstance(size, int) for size in array.shape) or array.size == 0:
-            faults.append(f"{name} is {array.shape}, expected some numbers")
-    return faults
 
 
 def conv2d_forward(

@@ -31,7 +31,7 @@ _KEPT = 8
 
 
 def compiler() -> str | None:
-    """Return the C++ compiler to use: ``CXX``, or the first there is; ``None`` if there is none."""
+    """Return the C++ compiler to use: the program ``CXX``, or the first there is; ``None`` if there is none."""
     given = os.environ.get("CXX")
     names = [given] if given else _COMPILERS
     return next((path for name in names if (path := shutil.which(name))), None)
@@ -53,13 +53,13 @@ def native_faults() -> list[str]:
 def build_native(directory: Path | None = None) -> Path:
     """Compile the C++ bodies for this machine, unless they are there, and return the library.
 
-    It takes some seconds, once: the library is named for its sources, the compiler, its flags,
+    It takes some ten seconds and GCC 12 or newer, once: the library is named for its sources, the compiler, its flags,
     jaxlib and the processor, and kept in ``directory``, by default in the folder of
     :func:`fnml.compilation_cache`. Whoever can write to that folder can run code as you.
 
     Raises:
-      ConfigError: there is no compiler, it failed (its message is told), or nothing may be kept
-        (``FNML_CACHE_DIR=off``) and no directory is given.
+      ConfigError: there is no compiler, it failed (its message is told), others can write to the
+        folder, or nothing may be kept (``FNML_CACHE_DIR=off``) and no directory is given.
       OSError: the directory cannot be written to.
     """
     faults = native_faults()
@@ -75,9 +75,11 @@ def build_native(directory: Path | None = None) -> Path:
     sources = sorted(SOURCES.glob("*.cc"))
     place = root.absolute() / "native" / machine()
     library = place / f"libfnml-{_key(command)}.so"
+    for folder in (place.parent, place):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _refuse_foreign(folder)
     if library.exists():
         return library
-    place.mkdir(mode=0o700, parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=place) as objects, atomic_path(library) as temporary:
 
         def translate(source: Path) -> str:
@@ -92,11 +94,26 @@ def build_native(directory: Path | None = None) -> Path:
     return library
 
 
+@functools.cache
+def _version(program: str) -> bytes:
+    return subprocess.run([program, "--version"], capture_output=True, check=False).stdout
+
+
 def _run(command: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise ConfigError(
-            f"{command[0]} could not compile the C++ kernels:\n{done.stderr[-4000:].strip()}"
+            f"{command[0]} could not compile the C++ kernels (GCC 12 or newer is needed):\n"
+            f"{done.stderr[-4000:].strip()}"
+        )
+
+
+def _refuse_foreign(folder: Path) -> None:
+    found = folder.stat()
+    if found.st_uid not in (0, os.getuid()) or found.st_mode & 0o022:
+        raise ConfigError(
+            f"{folder} belongs to or can be written by others, who could run code as you: "
+            "chmod go-w it, or name another folder in FNML_CACHE_DIR"
         )
 
 
@@ -118,17 +135,29 @@ def flags() -> list[str]:
 
 def _key(command: list[str]) -> str:
     """Tell libraries apart: by the sources, the compiler and what it is told."""
-    version = subprocess.run([command[0], "--version"], capture_output=True, check=False).stdout
-    digest = hashlib.sha256(version + "\0".join(command).encode())
+    digest = hashlib.sha256(_version(command[0]) + "\0".join(command).encode())
     for path in sorted(SOURCES.iterdir()):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
 
 
+_LOADED: list[Path] = []
+"""What this process has loaded: it stays, and XLA knows its functions by name."""
+
+
 @functools.cache
 def load(library: Path) -> ctypes.CDLL:
     """Load a library into this process, where it stays."""
-    return ctypes.CDLL(str(library))
+    loaded = ctypes.CDLL(str(library))
+    _LOADED.append(library)
+    return loaded
+
+
+def last_loaded() -> Path:
+    """Return the library that was loaded last; build it if there is none."""
+    if not _LOADED:
+        load(build_native())
+    return _LOADED[-1]
 
 
 @functools.cache

@@ -4,18 +4,6 @@ import jax
 import jax.numpy as jnp
 
 from fnml.pallas_kernels.native._call import call
-from fnml.pallas_kernels.native._scope import unavailable
-
-
-def linear_faults(x: jax.Array, kernel: jax.Array) -> list[str]:
-    """Say why there is no C++ body for ``x @ kernel``; nothing if there is."""
-    faults = unavailable()
-    for name, array in (("x", x), ("the kernel", kernel)):
-        if array.dtype != jnp.float32:
-            faults.append(f"{name} is {array.dtype}, expected float32")
-        if not all(isinstance(size, int) for size in array.shape) or array.size == 0:
-            faults.append(f"{name} is {array.shape}, expected some numbers")
-    return faults
 
 
 def linear_forward(x: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:

@@ -5,17 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from fnml.pallas_kernels.native._call import call
-from fnml.pallas_kernels.native._scope import unavailable
-
-
-def norm_faults(x: jax.Array) -> list[str]:
-    """Say why there is no C++ body for ``x``; nothing if there is."""
-    faults = unavailable()
-    if x.dtype != jnp.float32:
-        faults.append(f"x is {x.dtype}, expected float32")
-    if not all(isinstance(size, int) for size in x.shape) or x.size == 0:
-        faults.append(f"x is {x.shape}, expected some numbers")
-    return faults
 
 
 def norm_forward(

@@ -17,12 +17,12 @@ def native_kernels(library: Path | None = None) -> Iterator[None]:
     """Let kernels and layers run their C++ bodies on CPUs, in what is traced inside.
 
     For float32 on a CPU these are faster than what XLA makes of the other bodies (docs/speed.md
-    has figures). They are compiled on first use, which takes some seconds and a C++ compiler
+    has figures). They are compiled on first use, which takes some ten seconds and a C++ compiler
     (:func:`build_native`); later processes find the library. A program keeps what it was traced
     with, so enter the scope wherever a jitted function is called, or wrap what is differentiated
     once with :func:`fnml.transforms.native`.
 
-    What stays as it is: other platforms, programs that the compiler divides over a mesh, other
+    What stays as it is: other platforms, programs that the compiler divides over a mesh that is set, other
     dtypes, whatever is vmapped. Second derivatives are those of the other bodies; through a
     ``lax.scan`` JAX forgets them and raises: take those outside. A program with C++ bodies cannot
     be exported to another process (``jax.export``).
@@ -43,7 +43,8 @@ def native_kernels(library: Path | None = None) -> Iterator[None]:
     ...     with native_kernels():
     ...         assert jnp.allclose(attention(q, q, q), 1.0)
     """
-    library = library or build_native()
+    # A name without a folder would be looked for among the system's libraries.
+    library = (library or build_native()).absolute()
     load(library)
     with _library(library):
         yield

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from fnml.pallas_kernels._compiler import hopper_faults
-from fnml.pallas_kernels.native import norm_faults
+from fnml.pallas_kernels.native import faults_of
 
 WIDEST = 32_768
 """The widest row for which eight of them, buffered twice, fit into the memory of a core."""
@@ -103,4 +103,4 @@ def refusals(x: jax.Array) -> dict[str, list[str]]:
             f"x is {x.shape}, expected some rows of a multiple of 256 numbers that divides into "
             f"such parts of at most {CUDA_PART}, up to {CUDA_WIDEST}"
         )
-    return {"tpu": tpu, "cuda": cuda, "native": norm_faults(x)}
+    return {"tpu": tpu, "cuda": cuda, "native": faults_of(x=x)}

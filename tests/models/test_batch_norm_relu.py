@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
 
+from fnml.core import ShapeError
 from fnml.models import batch_norm
 from fnml.models._batch_norm_relu import batch_norm_relu
 from fnml.pallas_kernels import native_faults, native_kernels
@@ -86,6 +87,13 @@ def test_many_rows_equal_the_definition(added):
     for a, b in zip(got, _textbook(*arrays), strict=True):
         # Measured: below 5e-7.
         assert np.linalg.norm(np.asarray(a, np.float64) - b) < 2e-6 * np.linalg.norm(b)
+
+
+@pytest.mark.parametrize("width", [1, 15, 17])
+def test_a_scale_of_another_width_is_refused_as_outside_the_scope(width):
+    x, scale = jnp.ones((4, 16)), jnp.ones(width)
+    with native_kernels(), pytest.raises(ShapeError):
+        batch_norm_relu(x, scale, scale, state=None, train=True)
 
 
 def test_a_nan_stays():

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fnml.core import ShapeError
 from fnml.models import Rotation, gelu, rotate, rotation, swiglu
 from fnml.pallas_kernels import native_faults, native_kernels
 
@@ -117,6 +118,17 @@ def test_far_from_zero_nothing_is_lost_or_made_up(size):
     ):
         np.testing.assert_allclose(found[0], want, rtol=1e-6, atol=1e-18)
         np.testing.assert_allclose(found[1], [0, 1, slope, slope], rtol=1e-6, atol=1e-18)
+
+
+def test_a_nan_that_carries_something_stays_one():
+    x = jnp.asarray(np.array([0x7FC00001, 0xFFC001FF, 0x7F800001], np.uint32).view(np.float32))
+    with native_kernels():
+        assert np.isnan(gelu(x)).all() and np.isnan(swiglu(x, jnp.ones(3))).all()
+
+
+def test_an_odd_head_is_refused_as_outside_the_scope():
+    with native_kernels(), pytest.raises(ShapeError):
+        rotate(jnp.ones((1, 4, 2, 5)), rotation(jnp.arange(4), 4))
 
 
 def test_a_nan_stays_where_it_is_and_is_not_swallowed():

@@ -157,7 +157,7 @@ def test_what_it_does_not_take_is_named():
     q = jnp.ones((1, 8, 2, 24), jnp.bfloat16)
     with pytest.raises(NotImplementedError) as caught:
         attention(q, q, q, soft_cap=2.0, implementation="native")
-    for reason in ("float32", "multiples of 16", "16 queries", "soft_cap"):
+    for reason in ("float32", "multiples of 16", "8 queries", "soft_cap"):
         assert reason in str(caught.value)
 
 

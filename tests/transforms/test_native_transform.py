@@ -1,5 +1,8 @@
 """``native(f)``: values and gradients to rounding, whatever is done with it; and the layouts' law."""
 
+import re
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +12,7 @@ from jax.sharding import AxisType
 
 from fnml import Metrics, State, init
 from fnml.models import GPTConfig, gpt
-from fnml.pallas_kernels import native_faults
+from fnml.pallas_kernels import build_native, native_faults
 from fnml.train import next_token, train_step
 from fnml.transforms import accumulate, data_parallel, native, remat
 
@@ -36,7 +39,9 @@ def distance(x, y):
 
 
 @pytest.mark.parametrize(
-    "wrap", [native, lambda f: remat(native(f)), lambda f: native(remat(f))], ids=str
+    "wrap",
+    [native, lambda f: remat(native(f)), lambda f: native(remat(f))],
+    ids=["native", "remat of native", "native of remat"],
 )
 def test_value_and_gradient_are_the_same_to_rounding(wrap):
     (value, _), grads = gradient(loss_fn)(PARAMS, TOKENS, KEY)
@@ -88,3 +93,27 @@ def test_vmapped_it_runs_no_body_in_cpp():
     assert "fnml_" not in wrapped.lower(params, TOKENS, KEY).as_text()
     found, expected = (run(params, TOKENS, KEY)[0] for run in (wrapped, mapped(loss_fn)))
     assert distance(found, expected) < 3e-6
+
+
+def test_a_gradient_takes_the_library_that_was_given(tmp_path):
+    given = tmp_path / "libfnml-given.so"
+    shutil.copy(build_native(), given)
+    program = gradient(native(loss_fn, given)).lower(PARAMS, TOKENS, KEY).as_text()
+    names = set(re.findall(r"fnml_attention_\w+-\w+", program))
+    assert names == {"fnml_attention_forward-given", "fnml_attention_backward-given"}
+
+
+def test_where_devices_are_told_apart_it_leaves_all_as_it_is():
+    mesh = jax.make_mesh((2,), ("data",), devices=jax.devices()[:2], axis_types=(AxisType.Auto,))
+    data, everywhere = jax.P("data"), jax.P()
+
+    def mapped(function):
+        def value(params, tokens):
+            return jax.lax.pmean(function(params, tokens, KEY)[0], "data")
+
+        return jax.jit(
+            jax.shard_map(value, mesh=mesh, in_specs=(everywhere, data), out_specs=everywhere)
+        )
+
+    found, expected = (mapped(f)(PARAMS, TOKENS) for f in (native(loss_fn), loss_fn))
+    assert abs(found - expected) < 1e-6 * expected

@@ -221,7 +221,8 @@ struct Tiles {
     const std::int64_t B = shape.B, T = shape.T, S = shape.S, H = shape.H, K = shape.K, D = shape.D;
     const std::int64_t group = H / K, tiles = up(T, kQueries);
     // Heads are shared out in parts where they are few. How many parts depends on the shape alone.
-    const std::int64_t parts = std::min(tiles, std::max<std::int64_t>(1, kPieces / (B * K)));
+    const std::int64_t parts =
+        std::min(tiles, std::max<std::int64_t>(1, kPieces / std::max<std::int64_t>(1, B * K)));
     const std::int64_t part_size = S * D;
     std::vector<float> partial(2 * B * K * (parts - 1) * part_size);
     parallel(pool, B * K * parts, [&](std::int64_t piece) {

@@ -1,9 +1,11 @@
 // Independent pieces of work on XLA's own threads.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <thread>
 
 #include "xla/ffi/api/ffi.h"
 
@@ -20,7 +22,8 @@ void parallel(xla::ffi::ThreadPool& pool, std::int64_t pieces, const Work& work)
     std::int64_t pieces;
     std::atomic<std::int64_t> next{0};
     std::atomic<std::int64_t> done{0};
-    void help() {
+    // Memory that has run out ends the process: others may still use what the caller owns.
+    void help() noexcept {
       for (std::int64_t i; (i = next.fetch_add(1)) < pieces;) {
         (*work)(i);
         done.fetch_add(1, std::memory_order_release);
@@ -33,8 +36,9 @@ void parallel(xla::ffi::ThreadPool& pool, std::int64_t pieces, const Work& work)
   const std::int64_t helpers = std::min<std::int64_t>(pool.num_threads(), pieces) - 1;
   for (std::int64_t i = 0; i < helpers; ++i) pool.Schedule([state] { state->help(); });
   state->help();
-  // A piece that another thread has begun is short: waiting for it costs less than sleeping.
-  while (state->done.load(std::memory_order_acquire) < pieces) {
+  // A piece that another thread has begun is mostly short: waiting costs less than sleeping.
+  for (int turn = 0; state->done.load(std::memory_order_acquire) < pieces; ++turn) {
+    if (turn > 10000) std::this_thread::yield();
 #if defined(__x86_64__)
     __builtin_ia32_pause();
 #endif

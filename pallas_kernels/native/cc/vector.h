@@ -66,7 +66,8 @@ inline Vec exp2(Vec x) {
   y = y * part + 1.0f;
   const Ints exponent = reinterpret_cast<Ints>(shifted) << 23;
   const Vec scaled = reinterpret_cast<Vec>(reinterpret_cast<Ints>(y) + exponent);
-  return x < -126.0f ? Vec{} : scaled;
+  // The payload of a NaN would be taken for an exponent.
+  return x < -126.0f ? Vec{} : x == x ? scaled : x;
 }
 
 template <int... Lane>
