@@ -7,8 +7,8 @@ import jax
 from jax import lax
 from jax.custom_batching import custom_vmap
 
-from fnml.pallas_kernels.native._library import last_loaded, register
-from fnml.pallas_kernels.native._scope import current
+from fnml.pallas_kernels.native._library import register
+from fnml.pallas_kernels.native._scope import library_in_use
 
 Function = Callable[..., Any]
 
@@ -18,8 +18,7 @@ def call(target: str, results: Any, *operands: jax.Array, **attributes: Any) -> 
 
     Attributes are typed strictly: ``np.float32``, ``np.int64``.
     """
-    # Backward rules may be traced where the scope of their forward rules has ended.
-    name = register(current() or last_loaded(), target)
+    name = register(library_in_use(), target)
     return jax.ffi.ffi_call(name, results)(*operands, **attributes)
 
 

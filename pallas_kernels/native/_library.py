@@ -141,23 +141,10 @@ def _key(command: list[str]) -> str:
     return digest.hexdigest()[:16]
 
 
-_LOADED: list[Path] = []
-"""What this process has loaded: it stays, and XLA knows its functions by name."""
-
-
 @functools.cache
 def load(library: Path) -> ctypes.CDLL:
     """Load a library into this process, where it stays."""
-    loaded = ctypes.CDLL(str(library))
-    _LOADED.append(library)
-    return loaded
-
-
-def last_loaded() -> Path:
-    """Return the library that was loaded last; build it if there is none."""
-    if not _LOADED:
-        load(build_native())
-    return _LOADED[-1]
+    return ctypes.CDLL(str(library))
 
 
 @functools.cache

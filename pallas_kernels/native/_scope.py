@@ -11,6 +11,9 @@ from fnml.pallas_kernels.native._library import build_native, load, native_fault
 # JAX's own kind of context: what is traced inside and outside is cached apart.
 _library = jax.make_user_context(None)
 
+_entered: list[Path] = []
+"""The library of the scope that was entered last, for what is traced after it has ended."""
+
 
 @contextlib.contextmanager
 def native_kernels(library: Path | None = None) -> Iterator[None]:
@@ -46,6 +49,7 @@ def native_kernels(library: Path | None = None) -> Iterator[None]:
     # A name without a folder would be looked for among the system's libraries.
     library = (library or build_native()).absolute()
     load(library)
+    _entered[:] = [library]
     with _library(library):
         yield
 
@@ -60,6 +64,11 @@ def unavailable() -> list[str]:
     return [] if active() else native_faults()
 
 
-def current() -> Path | None:
-    """Return the library of the scope that this is traced in, or ``None`` outside."""
-    return _library.value
+def library_in_use() -> Path:
+    """Return the library of the scope that this is traced in, or of the last one there was.
+
+    A backward rule may be traced when the scope of its forward rule has ended.
+    """
+    if _library.value is not None:
+        return Path(_library.value)
+    return _entered[0] if _entered else build_native()

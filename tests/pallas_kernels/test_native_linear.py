@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from fnml.models import linear
 from fnml.pallas_kernels import native_faults, native_kernels
 from fnml.pallas_kernels.native import (
-    linear_faults,
+    faults_of,
     linear_forward,
     linear_input_gradient,
     linear_kernel_gradient,
@@ -187,9 +187,9 @@ def test_other_sizes_and_dtypes_keep_their_form(rows, inner, columns, dtype, out
 
 
 def test_faults_are_named():
-    assert linear_faults(jnp.ones((0, 3)), jnp.ones((3, 4), jnp.int32)) == [
-        "x is (0, 3), expected some numbers",
-        "the kernel is int32, expected float32",
+    assert faults_of(x=jnp.ones((0, 3)), kernel=jnp.ones((3, 4), jnp.int32)) == [
+        "x is (0, 3), expected some numbers, known how many",
+        "kernel is int32, expected float32",
     ]
 
 
