@@ -1,14 +1,10 @@
 """Attention in C++: values and gradients, which calls it takes, one result for any threads."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fewer_threads import printed_with_one_and_two
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -202,22 +198,6 @@ print(digest.hexdigest())
 """
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="CPUs cannot be chosen here")
 def test_any_number_of_threads_gives_the_same_bits():
-    cpus = sorted(os.sched_getaffinity(0))
-    if len(cpus) < 2:
-        pytest.skip("one CPU only")
-
-    def digest(some):
-        pin = f"import os; os.sched_setaffinity(0, {some!r})\n"
-        keep = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-        done = subprocess.run(
-            [sys.executable, "-c", pin + SCRIPT],
-            capture_output=True,
-            text=True,
-            check=True,
-            env=keep | {"PYTHONPATH": str(Path(__file__).parents[2])},
-        )
-        return done.stdout.strip()
-
-    assert digest(cpus[:1]) == digest(cpus[:2])
+    one, two = printed_with_one_and_two(SCRIPT)
+    assert one == two and len(one) == 64
