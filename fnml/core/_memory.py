@@ -55,9 +55,10 @@ def keep_memory(arenas: int = 1) -> bool:
         (_M_MMAP_THRESHOLD, 1 << 30),
         (_M_TRIM_THRESHOLD, (1 << 31) - 1),
     )
-    taken = [mallopt(option, value) for option, value in wanted]
+    if [mallopt(option, value) for option, value in wanted] != [1, 1, 1]:
+        return False
     _one_step_at_a_time()
-    return taken == [1, 1, 1]
+    return True
 
 
 def can_keep_memory() -> str | None:

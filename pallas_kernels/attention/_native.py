@@ -1,11 +1,10 @@
 """Attention on CPUs in C++: tiles of scores stay in the cache, products in registers."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from fnml.pallas_kernels.attention._tiles import Extras, Plan
-from fnml.pallas_kernels.native import call
+from fnml.pallas_kernels.native import call, floats
 
 
 def forward(
@@ -13,7 +12,7 @@ def forward(
 ) -> tuple[jax.Array, jax.Array]:
     """Return the output [B, T, H, D] and each row's log of its sum of exponentials [B, H, T]."""
     B, T, H, _ = q.shape
-    results = (_like(q), jax.ShapeDtypeStruct((B, H, T), jnp.float32))
+    results = (floats(*q.shape), floats(B, H, T))
     out, log = call("fnml_attention_forward", results, q, k, v, **_attributes(plan))
     return out, log
 
@@ -29,16 +28,12 @@ def backward(
     grad: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array, None]:
     """Return the gradients of q, k and v, and none of a bias."""
-    results = (_like(q), _like(k), _like(v))
+    results = (floats(*q.shape), floats(*k.shape), floats(*v.shape))
     operands = (q, k, v, out, log, grad)
     grad_q, grad_k, grad_v = call(
         "fnml_attention_backward", results, *operands, **_attributes(plan)
     )
     return grad_q, grad_k, grad_v, None
-
-
-def _like(x: jax.Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
 def _attributes(plan: Plan) -> dict[str, np.generic]:

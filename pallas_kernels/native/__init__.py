@@ -7,6 +7,7 @@ from fnml.pallas_kernels.native._batch_norm import (
     batch_norm_relu_forward as batch_norm_relu_forward,
 )
 from fnml.pallas_kernels.native._call import call as call
+from fnml.pallas_kernels.native._call import floats as floats
 from fnml.pallas_kernels.native._call import on_cpu as on_cpu
 from fnml.pallas_kernels.native._call import unbatched as unbatched
 from fnml.pallas_kernels.native._conv2d import Window as Window

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnml.pallas_kernels.native._call import call
+from fnml.pallas_kernels.native._call import call, floats, rows_of
 
 _PARTS = 16
 
@@ -13,11 +13,11 @@ def batch_norm_relu_forward(
     x: jax.Array, scale: jax.Array, bias: jax.Array, residual: jax.Array | None, *, eps: float
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return ``relu(normalised x + residual)`` [..., C], and the mean and variance of x, [C]."""
-    rows = _rows(x)
-    added = _none(rows) if residual is None else _rows(residual)
+    rows = rows_of(x)
+    added = _none(rows) if residual is None else rows_of(residual)
     out, mean, variance, _ = call(
         "fnml_batch_norm_relu_forward",
-        (_like(rows), _like(scale), _like(scale), _partial(rows)),
+        (floats(*rows.shape), floats(*scale.shape), floats(*scale.shape), _partial(rows)),
         rows,
         scale,
         bias,
@@ -39,33 +39,31 @@ def batch_norm_relu_backward(
     added: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
     """Return the gradients of x, the scale, the bias, and of what was added, if anything was."""
-    rows = _rows(x)
-    to_residual = _like(rows if added else _none(rows))
+    rows = rows_of(x)
+    to_residual = floats(*(rows if added else _none(rows)).shape)
     grad_x, grad_scale, grad_bias, grad_residual, _ = call(
         "fnml_batch_norm_relu_backward",
-        (_like(rows), _like(scale), _like(scale), to_residual, _partial(rows)),
+        (
+            floats(*rows.shape),
+            floats(*scale.shape),
+            floats(*scale.shape),
+            to_residual,
+            _partial(rows),
+        ),
         rows,
         scale,
         mean,
         variance,
-        _rows(out),
-        _rows(grad),
+        rows_of(out),
+        rows_of(grad),
         eps=np.float32(eps),
     )
     shaped = grad_residual.reshape(x.shape) if added else None
     return grad_x.reshape(x.shape), grad_scale, grad_bias, shaped
 
 
-def _rows(x: jax.Array) -> jax.Array:
-    return x.reshape(-1, x.shape[-1])
-
-
 def _none(rows: jax.Array) -> jax.Array:
     return jnp.zeros((0, rows.shape[1]), rows.dtype)
-
-
-def _like(x: jax.Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
 def _partial(rows: jax.Array) -> jax.ShapeDtypeStruct:

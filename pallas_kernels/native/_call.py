@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
 
@@ -20,6 +21,16 @@ def call(target: str, results: Any, *operands: jax.Array, **attributes: Any) -> 
     """
     name = register(library_in_use(), target)
     return jax.ffi.ffi_call(name, results)(*operands, **attributes)
+
+
+def floats(*shape: int) -> jax.ShapeDtypeStruct:
+    """Describe a result: all of them are float32."""
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def rows_of(x: jax.Array) -> jax.Array:
+    """Return [..., D] as [N, D]."""
+    return x.reshape(-1, x.shape[-1])
 
 
 def on_cpu(native: Function, otherwise: Function, *operands: Any) -> Any:

@@ -3,10 +3,9 @@
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from fnml.pallas_kernels.native._call import call
+from fnml.pallas_kernels.native._call import call, floats
 
 _FEATURES = 64
 """About as many as one piece of work has (``kFeatures`` in ``cc/gather.h``, for wide vectors)."""
@@ -36,7 +35,7 @@ def conv2d_forward(
     x: jax.Array, kernel: jax.Array, size: tuple[int, int], window: Window
 ) -> jax.Array:
     """Convolve ``x`` [B, H, W, C] with ``kernel`` [h, w, C, F] to [B, H', W', F], of ``size``."""
-    result = _floats(x.shape[0], *size, kernel.shape[3])
+    result = floats(x.shape[0], *size, kernel.shape[3])
     out: jax.Array = call("fnml_conv2d_forward", result, x, kernel, **window.attributes())
     return out
 
@@ -45,7 +44,7 @@ def conv2d_input_gradient(
     kernel: jax.Array, grad: jax.Array, size: tuple[int, int], window: Window
 ) -> jax.Array:
     """Return the gradient [B, H, W, C] of an input of ``size`` from that of the result."""
-    result = _floats(grad.shape[0], *size, kernel.shape[2])
+    result = floats(grad.shape[0], *size, kernel.shape[2])
     out: jax.Array = call("fnml_conv2d_input_gradient", result, kernel, grad, **window.attributes())
     return out
 
@@ -63,12 +62,8 @@ def conv2d_kernel_gradient(
     parts = max(1, min(-(-16 // blocks), grad.size // features // 960))
     # Whole vectors of features can be added up in place.
     in_place = parts == 1 and features % 16 == 0
-    result = _floats(*size, channels, features)
-    partial = _floats(0 if in_place else parts, *size, channels, -(-features // 16) * 16)
+    result = floats(*size, channels, features)
+    partial = floats(0 if in_place else parts, *size, channels, -(-features // 16) * 16)
     out: jax.Array
     out, _ = call("fnml_conv2d_kernel_gradient", (result, partial), x, grad, **window.attributes())
     return out
-
-
-def _floats(*shape: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, jnp.float32)

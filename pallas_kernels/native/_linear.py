@@ -3,12 +3,12 @@
 import jax
 import jax.numpy as jnp
 
-from fnml.pallas_kernels.native._call import call
+from fnml.pallas_kernels.native._call import call, floats
 
 
 def linear_forward(x: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
     """Return x [N, D] times the kernel [D, F], plus the bias [F]."""
-    result = _floats(x.shape[0], kernel.shape[1])
+    result = floats(x.shape[0], kernel.shape[1])
     given = jnp.zeros(0, jnp.float32) if bias is None else bias
     out: jax.Array = call("fnml_linear_forward", result, x, kernel, given)
     return out
@@ -16,7 +16,7 @@ def linear_forward(x: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> j
 
 def linear_input_gradient(kernel: jax.Array, grad: jax.Array) -> jax.Array:
     """Return the gradient [N, D] of x from that of the result, [N, F]."""
-    result = _floats(grad.shape[0], kernel.shape[0])
+    result = floats(grad.shape[0], kernel.shape[0])
     out: jax.Array = call("fnml_linear_input_gradient", result, kernel, grad)
     return out
 
@@ -26,10 +26,6 @@ def linear_kernel_gradient(
 ) -> tuple[jax.Array, jax.Array | None]:
     """Return the gradients [D, F] of the kernel and, where there is one, [F] of the bias."""
     width = grad.shape[1]
-    results = _floats(x.shape[1], width), _floats(width if bias else 0)
+    results = floats(x.shape[1], width), floats(width if bias else 0)
     kernel_grad, bias_grad = call("fnml_linear_kernel_gradient", results, x, grad)
     return kernel_grad, bias_grad if bias else None
-
-
-def _floats(*shape: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, jnp.float32)

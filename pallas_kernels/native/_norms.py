@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnml.pallas_kernels.native._call import call
+from fnml.pallas_kernels.native._call import call, floats, rows_of
 
 
 def norm_forward(
@@ -17,10 +17,10 @@ def norm_forward(
     centred: bool,
 ) -> tuple[jax.Array, jax.Array]:
     """Return the normalised sum and the sum of x [..., D] and the residual."""
-    rows, more = _rows(x), _rows_or_none(residual, x)
+    rows, more = rows_of(x), _rows_or_none(residual, x)
     out, total = call(
         "fnml_norm_forward",
-        (_like(rows), _like(more)),
+        (floats(*rows.shape), floats(*more.shape)),
         rows,
         _vector(scale),
         _vector(bias),
@@ -42,13 +42,13 @@ def norm_backward(
     centred: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """Return the gradients of the sum [..., D], of the scale and of the bias."""
-    rows, vector = _rows(total), _vector(scale)
+    rows, vector = rows_of(total), _vector(scale)
     grad_x, grad_scale, grad_bias = call(
         "fnml_norm_backward",
-        (_like(rows), _like(vector), _like(_vector(bias))),
+        (floats(*rows.shape), floats(*vector.shape), floats(*_vector(bias).shape)),
         rows,
         vector,
-        _rows(grad),
+        rows_of(grad),
         _rows_or_none(grad_total, total),
         eps=np.float32(eps),
         centred=np.int64(centred),
@@ -61,18 +61,10 @@ def norm_backward(
     )
 
 
-def _rows(x: jax.Array) -> jax.Array:
-    return x.reshape(-1, x.shape[-1])
-
-
 def _rows_or_none(x: jax.Array | None, like: jax.Array) -> jax.Array:
     """Return rows, or no rows for an array that is not there."""
-    return jnp.zeros((0, like.shape[-1]), like.dtype) if x is None else _rows(x)
+    return jnp.zeros((0, like.shape[-1]), like.dtype) if x is None else rows_of(x)
 
 
 def _vector(x: jax.Array | None) -> jax.Array:
     return jnp.zeros(0, jnp.float32) if x is None else x.astype(jnp.float32)
-
-
-def _like(x: jax.Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype)

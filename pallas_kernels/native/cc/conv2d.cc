@@ -246,39 +246,23 @@ ffi::Error KernelGradient(ffi::ThreadPool pool, std::int64_t stride, std::int64_
   return ffi::Error::Success();
 }
 
+// What all three functions are told, and the two arrays that each reads.
+auto bound() {
+  return ffi::Ffi::Bind()
+      .Ctx<ffi::ThreadPool>()
+      .Attr<std::int64_t>("stride")
+      .Attr<std::int64_t>("top")
+      .Attr<std::int64_t>("left")
+      .Attr<std::int64_t>("winograd")
+      .Arg<Images<4>>()
+      .Arg<Images<4>>()
+      .Ret<Images<4>>();
+}
+
 }  // namespace
 }  // namespace fnml
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(fnml_conv2d_forward, fnml::Forward,
-                              xla::ffi::Ffi::Bind()
-                                  .Ctx<xla::ffi::ThreadPool>()
-                                  .Attr<std::int64_t>("stride")
-                                  .Attr<std::int64_t>("top")
-                                  .Attr<std::int64_t>("left")
-                                  .Attr<std::int64_t>("winograd")
-                                  .Arg<fnml::Images<4>>()
-                                  .Arg<fnml::Images<4>>()
-                                  .Ret<fnml::Images<4>>());
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(fnml_conv2d_input_gradient, fnml::InputGradient,
-                              xla::ffi::Ffi::Bind()
-                                  .Ctx<xla::ffi::ThreadPool>()
-                                  .Attr<std::int64_t>("stride")
-                                  .Attr<std::int64_t>("top")
-                                  .Attr<std::int64_t>("left")
-                                  .Attr<std::int64_t>("winograd")
-                                  .Arg<fnml::Images<4>>()
-                                  .Arg<fnml::Images<4>>()
-                                  .Ret<fnml::Images<4>>());
-
+XLA_FFI_DEFINE_HANDLER_SYMBOL(fnml_conv2d_forward, fnml::Forward, fnml::bound());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(fnml_conv2d_input_gradient, fnml::InputGradient, fnml::bound());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(fnml_conv2d_kernel_gradient, fnml::KernelGradient,
-                              xla::ffi::Ffi::Bind()
-                                  .Ctx<xla::ffi::ThreadPool>()
-                                  .Attr<std::int64_t>("stride")
-                                  .Attr<std::int64_t>("top")
-                                  .Attr<std::int64_t>("left")
-                                  .Attr<std::int64_t>("winograd")
-                                  .Arg<fnml::Images<4>>()
-                                  .Arg<fnml::Images<4>>()
-                                  .Ret<fnml::Images<4>>()
-                                  .Ret<fnml::Images<5>>());
+                              fnml::bound().Ret<fnml::Images<5>>());
