@@ -8,7 +8,9 @@ from typing import Any
 from fnml.pallas_kernels import build_native, native_kernels
 
 
-def native(function: Callable[..., Any], library: Path | None = None) -> Callable[..., Any]:
+def native(
+    function: Callable[..., Any], library: Path | None = None, *, tiles: bool = True
+) -> Callable[..., Any]:
     """Return ``function`` with the C++ bodies of the kernels and layers that it calls, on CPUs.
 
     Give it the loss: its gradient's bodies are then C++ too, wherever that is taken. The
@@ -21,6 +23,7 @@ def native(function: Callable[..., Any], library: Path | None = None) -> Callabl
 
     Args:
       library: what :func:`fnml.pallas_kernels.build_native` returned; ``None`` to call it.
+      tiles: whether products run on the processor's matrix tiles, if it has them.
 
     Raises:
       ConfigError: there is no C++ compiler, or it failed.
@@ -39,7 +42,7 @@ def native(function: Callable[..., Any], library: Path | None = None) -> Callabl
 
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        with native_kernels(built):
+        with native_kernels(built, tiles=tiles):
             return function(*args, **kwargs)
 
     return wrapped

@@ -9,7 +9,7 @@ from jax import lax
 from jax.custom_batching import custom_vmap
 
 from fnml.pallas_kernels.native._library import register
-from fnml.pallas_kernels.native._scope import library_in_use
+from fnml.pallas_kernels.native._scope import in_use
 
 Function = Callable[..., Any]
 
@@ -19,7 +19,7 @@ def call(target: str, results: Any, *operands: jax.Array, **attributes: Any) -> 
 
     Attributes are typed strictly: ``np.float32``, ``np.int64``.
     """
-    name = register(library_in_use(), target)
+    name = register(in_use().library, target)
     return jax.ffi.ffi_call(name, results)(*operands, **attributes)
 
 

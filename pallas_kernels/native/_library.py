@@ -148,6 +148,14 @@ def load(library: Path) -> ctypes.CDLL:
 
 
 @functools.cache
+def library_has_tiles(library: Path) -> bool:
+    """Tell whether a library's products can run on matrix tiles in this process."""
+    answer = load(library).fnml_has_tiles
+    answer.restype = ctypes.c_bool
+    return bool(answer())
+
+
+@functools.cache
 def register(library: Path, target: str) -> str:
     """Make one of the library's functions known to XLA, and return the name it has there.
 

@@ -3,20 +3,34 @@
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 
-from fnml.pallas_kernels.native._library import build_native, load, native_faults
+from fnml.pallas_kernels.native._library import (
+    build_native,
+    library_has_tiles,
+    load,
+    native_faults,
+)
+
+
+class Bodies(NamedTuple):
+    """The C++ bodies of a scope: their library, and whether products may run on matrix tiles."""
+
+    library: Path
+    tiles: bool = True
+
 
 # JAX's own kind of context: what is traced inside and outside is cached apart.
-_library = jax.make_user_context(None)
+_bodies = jax.make_user_context(None)
 
-_entered: list[Path] = []
-"""The library of the scope that was entered last, for what is traced after it has ended."""
+_entered: list[Bodies] = []
+"""Those of the scope that was entered last, for what is traced after it has ended."""
 
 
 @contextlib.contextmanager
-def native_kernels(library: Path | None = None) -> Iterator[None]:
+def native_kernels(library: Path | None = None, *, tiles: bool = True) -> Iterator[None]:
     """Let kernels and layers run their C++ bodies on CPUs, in what is traced inside.
 
     For float32 on a CPU these are faster than what XLA makes of the other bodies (docs/speed.md
@@ -30,10 +44,18 @@ def native_kernels(library: Path | None = None) -> Iterator[None]:
     ``lax.scan`` JAX forgets them and raises: take those outside. A program with C++ bodies cannot
     be exported to another process (``jax.export``).
 
+    Where the processor has matrix tiles for bfloat16 (Intel AMX), the linear layer's and attention's
+    float32 products run on them: each number as the sum of three of bfloat16, and of the nine
+    products of two such sums the six largest, added up in float32. What is left out is below a
+    rounding (2^-24). Operands with a number that is not finite are multiplied without tiles, and
+    below 1e-33 numbers lose digits. Henry, Tang and Heinecke 2019, arXiv:1904.06376.
+
     Law: results equal those outside to rounding, and are the same bits for any number of threads.
 
     Args:
       library: what :func:`build_native` returned; ``None`` to call it.
+      tiles: whether matrix tiles are used where there are any. They add in another order: without
+        them the bits are those of processors that have none.
 
     Raises:
       ConfigError: see :func:`build_native`.
@@ -49,14 +71,15 @@ def native_kernels(library: Path | None = None) -> Iterator[None]:
     # A name without a folder would be looked for among the system's libraries.
     library = (library or build_native()).absolute()
     load(library)
-    _entered[:] = [library]
-    with _library(library):
+    bodies = Bodies(library, tiles)
+    _entered[:] = [bodies]
+    with _bodies(bodies):
         yield
 
 
 def active() -> bool:
     """Tell whether this is traced inside :func:`native_kernels`."""
-    return _library.value is not None
+    return _bodies.value is not None
 
 
 def unavailable() -> list[str]:
@@ -64,11 +87,17 @@ def unavailable() -> list[str]:
     return [] if active() else native_faults()
 
 
-def library_in_use() -> Path:
-    """Return the library of the scope that this is traced in, or of the last one there was.
+def in_use() -> Bodies:
+    """Return the bodies of the scope that this is traced in, or of the last one there was.
 
     A backward rule may be traced when the scope of its forward rule has ended.
     """
-    if _library.value is not None:
-        return Path(_library.value)
-    return _entered[0] if _entered else build_native()
+    if _bodies.value is not None:
+        return Bodies(*_bodies.value)
+    return _entered[0] if _entered else Bodies(build_native())
+
+
+def has_tiles() -> bool:
+    """Tell whether products run on matrix tiles here: the processor has them, and the scope allows them."""
+    bodies = in_use()
+    return bodies.tiles and library_has_tiles(bodies.library)

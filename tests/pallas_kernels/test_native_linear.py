@@ -17,6 +17,7 @@ from fnml.models import linear
 from fnml.pallas_kernels import native_faults, native_kernels
 from fnml.pallas_kernels.native import (
     faults_of,
+    has_tiles,
     linear_forward,
     linear_input_gradient,
     linear_kernel_gradient,
@@ -38,9 +39,9 @@ def floats(*given_arrays):
     return [jnp.asarray(x, jnp.float32) for x in given_arrays]
 
 
-def products(x, kernel, bias, grad):
+def products(x, kernel, bias, grad, *, tiles=True):
     """Run the three C++ products, whatever their sizes."""
-    with native_kernels():
+    with native_kernels(tiles=tiles):
         return (
             linear_forward(x, kernel, bias),
             linear_input_gradient(kernel, grad),
@@ -72,21 +73,23 @@ sizes = st.one_of(
 
 
 @settings(max_examples=25, deadline=None)
-@given(N=sizes, D=sizes, F=sizes, seed=st.integers(0, 3))
-def test_every_entry_is_within_the_bound_of_its_sum(N, D, F, seed):
+@given(N=sizes, D=sizes, F=sizes, seed=st.integers(0, 3), tiles=st.booleans())
+def test_every_entry_is_within_the_bound_of_its_sum(N, D, F, seed, tiles):
     x, kernel, bias, grad = arrays(N, D, F, seed)
-    found = products(*floats(x, kernel, bias, grad))
+    found = products(*floats(x, kernel, bias, grad), tiles=tiles)
     for value, exact, far in zip(found, *bounds(x, kernel, bias, grad), strict=True):
         assert value.shape == exact.shape
         assert (np.abs(np.asarray(value, np.float64) - exact) <= far).all()
 
 
-def test_long_and_wide_products_keep_their_precision():
+@pytest.mark.parametrize("tiles", [True, False])
+def test_long_and_wide_products_keep_their_precision(tiles):
     # Several blocks of C, of its rows and of the depth. A random walk of n roundings stays far
     # below n of them: measured 4e-7 relative to the norm.
     x, kernel, bias, grad = arrays(1030, 1100, 530)
     exact, _ = bounds(x, kernel, bias, grad)
-    for value, wanted in zip(products(*floats(x, kernel, bias, grad)), exact, strict=True):
+    found = products(*floats(x, kernel, bias, grad), tiles=tiles)
+    for value, wanted in zip(found, exact, strict=True):
         assert np.linalg.norm(value - wanted) < 1e-6 * np.linalg.norm(wanted)
 
 
@@ -169,7 +172,7 @@ def test_vmap_has_the_bits_of_the_form_outside():
 @pytest.mark.parametrize(
     ("rows", "inner", "columns", "dtype", "out_dtype"),
     [
-        (127, 64, 64, "float32", None),
+        (63, 64, 64, "float32", None),
         (128, 63, 64, "float32", None),
         (128, 64, 63, "float32", None),
         (128, 512, 513, "float32", None),
@@ -181,9 +184,61 @@ def test_vmap_has_the_bits_of_the_form_outside():
 def test_other_sizes_and_dtypes_keep_their_form(rows, inner, columns, dtype, out_dtype):
     x, kernel = jnp.ones((rows, inner), dtype), jnp.ones((inner, columns), jnp.float32)
     plain = str(jax.make_jaxpr(lambda *a: linear(*a, out_dtype=out_dtype))(x, kernel))
-    with native_kernels():
+    # Without tiles, which take kernels of any size.
+    with native_kernels(tiles=False):
         inside = str(jax.make_jaxpr(lambda *a: linear(*a, out_dtype=out_dtype))(x, kernel))
     assert inside == plain
+
+
+on_tiles = pytest.mark.skipif(
+    bool(native_faults()) or not has_tiles(), reason="this processor has no tiles for bfloat16"
+)
+
+
+@on_tiles
+def test_tiles_lose_no_digit_to_vectors():
+    # 32 numbers are added up apart before they join the sum, so rounding adds up to less; and of
+    # any two thirds of the parts' products alone the error would be 60 times as large.
+    x, kernel, bias, grad = arrays(512, 768, 256)
+    exact, _ = bounds(x, kernel, bias, grad)
+    given_arrays = floats(x, kernel, bias, grad)
+    on, off = products(*given_arrays), products(*given_arrays, tiles=False)
+    for tiled, plain, wanted in zip(on[:3], off[:3], exact[:3], strict=True):
+        assert not np.array_equal(tiled, plain)
+        assert np.linalg.norm(tiled - wanted) <= 1.5 * np.linalg.norm(plain - wanted)
+
+
+@on_tiles
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_tiles_keep_small_and_large_numbers(scale):
+    x, kernel, bias, grad = arrays(64, 96, 64)
+    given_arrays = floats(scale * x, kernel, scale * bias, scale * grad)
+    found = products(*given_arrays)[:2]
+    exact = x @ kernel + bias, grad @ kernel.T
+    for value, wanted in zip(found, exact, strict=True):
+        distance = np.linalg.norm(np.asarray(value, np.float64) / scale - wanted)
+        assert distance < 1e-6 * np.linalg.norm(wanted)
+
+
+@on_tiles
+@pytest.mark.parametrize("odd", [np.inf, -np.inf, np.nan, np.finfo(np.float32).max])
+@pytest.mark.parametrize("where", ["x", "kernel", "grad"])
+def test_numbers_that_tiles_cannot_hold_are_multiplied_without(odd, where):
+    given_arrays = dict(zip(("x", "kernel", "bias", "grad"), arrays(70, 80, 90), strict=True))
+    given_arrays[where][-1, -1] = odd
+    changed = floats(*given_arrays.values())
+    on, off = products(*changed), products(*changed, tiles=False)
+    touched = {"x": (0, 2), "kernel": (0, 1), "grad": (1, 2)}[where]
+    for i in touched:
+        np.testing.assert_array_equal(on[i], off[i])
+
+
+@on_tiles
+def test_large_kernels_are_taken_with_tiles_only():
+    x, kernel = jnp.ones((128, 512)), jnp.ones((512, 513))
+    for tiles in (True, False):
+        with native_kernels(tiles=tiles):
+            assert (TAKEN in jax.jit(lambda *a: linear(*a)).lower(x, kernel).as_text()) == tiles
 
 
 def test_faults_are_named():
