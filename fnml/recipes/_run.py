@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import os
 import platform
@@ -42,6 +43,7 @@ from fnml.recipes._training import (
     abstract_state,
     as_configured,
     check_config,
+    drawing,
     initial_state,
     make_step,
     placed,
@@ -127,19 +129,20 @@ def start(name: str, config: Any, directory: Path | None, output: Output) -> Fin
     task = recipe.build(config, None)
     check_sinks(output)
     step = make_step(task, config)
-    _check_trainable(step, task, config)
-    record = {
-        "recipe": name,
-        "config": to_json(config),
-        "output": to_json(output),
-        "environment": environment(),
-    }
-    if processes.first:
-        directory = new_directory(Path("runs"), name) if directory is None else directory
-        announce(processes, directory, config)
-        create(directory, record, task.files)
-    directory = Path(processes.share("directory", str(directory)))
-    return _train(processes, task, step, name, config, directory, output, fresh=True)
+    with drawing(task, config) as drawn:
+        _check_trainable(step, task, config)
+        record = {
+            "recipe": name,
+            "config": to_json(config),
+            "output": to_json(output),
+            "environment": environment(),
+        }
+        if processes.first:
+            directory = new_directory(Path("runs"), name) if directory is None else directory
+            announce(processes, directory, config)
+            create(directory, record, task.files)
+        directory = Path(processes.share("directory", str(directory)))
+        return _train(processes, task, step, name, config, directory, output, drawn, fresh=True)
 
 
 def resume(
@@ -186,7 +189,10 @@ def resume(
     announce(processes, directory, config)
     task = recipe.build(config, directory)
     step = make_step(task, config)
-    return _train(processes, task, step, record["recipe"], config, directory, kept, fresh=False)
+    draw = functools.partial(initial_state, task, config)
+    return _train(
+        processes, task, step, record["recipe"], config, directory, kept, draw, fresh=False
+    )
 
 
 def load(directory: Path, step: int | None = None) -> Loaded:
@@ -246,6 +252,7 @@ def _train(
     config: Any,
     directory: Path,
     output: Output,
+    draw: Callable[[], State],
     *,
     fresh: bool,
 ) -> Finished:
@@ -264,7 +271,9 @@ def _train(
                 )
             )
         any_saved = keeper is not None and not fresh and bool(keeper.steps())
-        state, memory, batches = _where_to_start(processes, task, config, checkpoints, any_saved)
+        state, memory, batches = _where_to_start(
+            processes, task, config, checkpoints, draw, any_saved
+        )
         begun = int(state.step)
         announce(processes, directory, config, begun)
         outputs: list[Sink] = []
@@ -338,10 +347,15 @@ def _train(
 
 
 def _where_to_start(
-    processes: Processes, task: Task, config: Any, checkpoints: Path, any_saved: bool
+    processes: Processes,
+    task: Task,
+    config: Any,
+    checkpoints: Path,
+    draw: Callable[[], State],
+    any_saved: bool,
 ) -> tuple[State, Mapping[str, Any] | None, Any]:
     if not processes.share("any_saved", any_saved):
-        state = placed(initial_state(task, config), task, config)
+        state = placed(draw(), task, config)
         return state, None, shared(processes, task.train, config)
     target, alone = abstract_state(task, config), processes.count == 1
     try:

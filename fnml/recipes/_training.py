@@ -1,7 +1,9 @@
 """What a configuration trains: its first state, its step, and the devices that both are on."""
 
+import contextlib
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -49,6 +51,26 @@ def prepare(config: Any) -> None:
 
 def initial_state(task: Task, config: Any) -> State:
     """Draw the state before the first step."""
+    return _draw(task, config)()
+
+
+@contextlib.contextmanager
+def drawing(task: Task, config: Any) -> Iterator[Callable[[], State]]:
+    """Draw the state before the first step in a thread; give a function that waits for it.
+
+    It is traced before, by the caller, whose settings of JAX are the caller's own. What is left, to
+    compile it or to read it from the cache and to run it, is done while Python traces the step.
+    """
+    draw = _draw(task, config)
+    if task.start is not None:
+        yield draw
+        return
+    with ThreadPoolExecutor(1, thread_name_prefix="fnml-draw") as pool:
+        yield pool.submit(draw).result
+
+
+def _draw(task: Task, config: Any) -> Callable[[], State]:
+    """Return what draws the state before the first step, traced where it can be."""
 
     def draw(seed: Any) -> State:
         init_key, run_key = jax.random.split(jax.random.key(seed))
@@ -61,14 +83,15 @@ def initial_state(task: Task, config: Any) -> State:
 
     # Weights that are there would be constants in the program.
     if task.start is not None:
-        return draw(config.run.seed)
+        return functools.partial(draw, config.run.seed)
     # One program starts sooner than dozens, and each device draws only its part.
     seed = np.int64(config.run.seed)
     several = bool(config.run.mesh) or config.run.devices > 1
     places = _places(jax.eval_shape(draw, seed), task, config) if several else None
+    traced = jax.jit(draw, out_shardings=places).lower(seed)
     # Where memory does not suffice, some of the arrays raise, and reading the others would wait for
     # ever: all are asked at once.
-    return jax.block_until_ready(jax.jit(draw, out_shardings=places)(seed))
+    return lambda: jax.block_until_ready(traced.compile()(seed))
 
 
 def _partly_frozen(task: Task) -> bool:
@@ -155,6 +178,8 @@ def make_step(task: Task, config: Any) -> Any:
     if devices is not None:
         grad_fn = transforms.data_parallel(grad_fn, devices)
     step = train_step(grad_fn, _optimizer(task, config))
+    if run.native:
+        step = transforms.native(step)
     divided = compiled_mesh(run)
     if divided is not None:
         places = _by_rules(abstract_state(task, config), divided, task, config)

@@ -6,6 +6,7 @@ from fnml.train._every import Every as Every
 from fnml.train._fit import Fit as Fit
 from fnml.train._fit import Progress as Progress
 from fnml.train._fit import fit as fit
+from fnml.train._in_place import adamw as adamw
 from fnml.train._logbook import means as means
 from fnml.train._losses import accuracy as accuracy
 from fnml.train._losses import cross_entropy as cross_entropy

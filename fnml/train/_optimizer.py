@@ -10,6 +10,7 @@ import optax
 from jax import lax
 
 from fnml.core import ConfigError, mask, nearest
+from fnml.train._in_place import adam_in_place, adamw, after
 
 PyTree = Any
 
@@ -90,6 +91,9 @@ def _schedule(config: OptimizerConfig, steps: int) -> Callable[[Any], Any]:
 def optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     """Build the optimizer that a configuration describes, for a run of ``steps`` steps.
 
+    In a step within :func:`fnml.transforms.native`, Adam and AdamW over float32 parameters run in C++
+    on a CPU.
+
     Raises:
       ConfigError: a decay glob matches no parameter (when the optimizer is initialised).
 
@@ -107,15 +111,17 @@ def optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformati
             return mask(params, config.decay)
         return jax.tree.map(lambda p: p.ndim > 1, params)
 
+    def no_decays(params: PyTree) -> PyTree:
+        return jax.tree.map(lambda p: 0.0, params)
+
+    moments, eps = (rate, config.b1, config.b2), 1e-8
     rules = {
-        "adamw": lambda: optax.adamw(
-            rate, config.b1, config.b2, weight_decay=config.weight_decay, mask=decays
-        ),
-        "adam": lambda: optax.adam(rate, config.b1, config.b2),
+        "adamw": lambda: adamw(*moments, eps, weight_decay=config.weight_decay, mask=decays),
+        "adam": lambda: adam_in_place(optax.adam(*moments, eps), *moments, eps, no_decays),
         "sgd": lambda: optax.sgd(rate, config.b1 or None),
     }
     rule = rules[config.name]()
-    return optax.chain(_clip(config.clip), rule) if config.clip else rule
+    return after(_clip(config.clip), rule) if config.clip else rule
 
 
 def _clip(most: float) -> optax.GradientTransformation:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from fnml.core import ConfigError, Mean, Metrics, ShapeError, State, step_key
+from fnml.train._in_place import apply_gradients
 
 PyTree = Any
 LossFn = Callable[..., tuple[jax.Array, Metrics]]
@@ -107,9 +108,7 @@ def train_step(
                 f"{_outline(out)}"
             )
         (loss, metrics), grads = _contract(out[0]), out[1]
-        # Optax mixes floats and integers, which a user's strict promotion would refuse.
-        with jax.numpy_dtype_promotion("standard"):
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params, opt_state = apply_gradients(optimizer, grads, state.opt_state, state.params)
         values = _named(loss, metrics)
         if grad_norm and "grad_norm" in values:
             raise ConfigError("the loss has a metric 'grad_norm' already: rename one of the two")
@@ -119,7 +118,7 @@ def train_step(
         new = dataclasses.replace(
             state,
             step=state.step + 1,
-            params=optax.apply_updates(state.params, updates),
+            params=params,
             opt_state=opt_state,
             model_state=_fold(state.model_state, metrics.stats, momentum),
         )

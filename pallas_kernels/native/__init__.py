@@ -1,5 +1,7 @@
 """C++ bodies for CPUs, called through jax.ffi: when they run, and how they get there."""
 
+from fnml.pallas_kernels.native._adamw import Updated as Updated
+from fnml.pallas_kernels.native._adamw import adamw_update as adamw_update
 from fnml.pallas_kernels.native._batch_norm import (
     batch_norm_relu_backward as batch_norm_relu_backward,
 )

@@ -18,6 +18,7 @@ from fnml import models
 from fnml.models._batch_norm_relu import batch_norm_relu
 from fnml.pallas_kernels import attention, layer_norm, native_kernels, rms_norm
 from fnml.pallas_kernels.native import call
+from fnml.train import OptimizerConfig, optimizer
 
 
 def cases() -> Iterator[tuple[Callable, tuple[tuple[int, ...], ...]]]:
@@ -39,6 +40,7 @@ def cases() -> Iterator[tuple[Callable, tuple[tuple[int, ...], ...]]]:
         by = models.rotation(np.arange(rows), 2 * width)
         yield partial(models.rotate, by=by), ((2, rows, 3, 2 * width),)
         yield models.linear, (x, (width, features), (features,))
+        yield stepped, (x, x)
         yield normalised, (x, scale, scale, x)
     for size, channels, features, window, stride, padding in (
         (5, 1, 1, 3, 1, "SAME"),
@@ -52,6 +54,12 @@ def cases() -> Iterator[tuple[Callable, tuple[tuple[int, ...], ...]]]:
 
 def normalised(x: jax.Array, scale: jax.Array, bias: jax.Array, residual: jax.Array) -> jax.Array:
     return batch_norm_relu(x, scale, bias, state=None, train=True, residual=residual)[0]
+
+
+def stepped(params: jax.Array, grads: jax.Array) -> jax.Array:
+    rule = optimizer(OptimizerConfig("adamw", warmup=0, weight_decay=0.1), steps=10)
+    updated: jax.Array = rule.apply(grads, rule.init(params), params)[0]
+    return updated
 
 
 def value_and_gradients(function: Callable, arrays: list[jax.Array]) -> list[jax.Array]:
