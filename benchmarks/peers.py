@@ -61,8 +61,9 @@ def contestants() -> dict[str, Peer]:
         "fnml, 10 steps a call": Peer(
             "fnml", "fnml_rows", "fused", sys.executable, "", rows=("digits_mlp",)
         ),
-        "fnml, native": Peer(
-            "fnml", "fnml_rows", "native", sys.executable, "", rows=tuple(ROWS[1:])
+        "fnml, native": Peer("fnml", "fnml_rows", "native", sys.executable, ""),
+        "fnml, native, 10 steps a call": Peer(
+            "fnml", "fnml_rows", "native fused", sys.executable, "", rows=("digits_mlp",)
         ),
         "PyTorch": of_torch("eager"),
         "PyTorch, malloc": of_torch("eager+malloc"),

@@ -28,9 +28,9 @@ def versions() -> dict[str, str]:
     return {"equinox": eqx.__version__, "jax": jax.__version__}
 
 
-def training(model: eqx.Module) -> tuple[Any, Callable]:
+def training(problem: Problem, model: eqx.Module) -> tuple[Any, Callable]:
     """Return the state and the step of a classifier of one example."""
-    optim = optimizer()
+    optim = optimizer(problem.adamw)
 
     @eqx.filter_jit
     def update(model: Any, opt_state: Any, batch: Any) -> tuple[Any, Any, jax.Array]:
@@ -116,7 +116,7 @@ class _GPT(eqx.Module):
 
 
 def _gpt(problem: Problem, variant: str) -> tuple[Any, Callable]:
-    return training(_GPT(problem))
+    return training(problem, _GPT(problem))
 
 
 gpt_small = gpt_medium = _gpt
@@ -193,7 +193,7 @@ class _MLP(eqx.Module):
 
 
 def digits_mlp(problem: Problem, variant: str) -> tuple[Any, Callable]:
-    return training(_MLP([dense(**layer) for layer in problem.weights["layers"]]))
+    return training(problem, _MLP([dense(**layer) for layer in problem.weights["layers"]]))
 
 
 def _conv(kernel: Any, bias: Any = None, stride: int = 1) -> eqx.nn.Conv2d:
@@ -219,7 +219,9 @@ class _CNN(eqx.Module):
 
 def cnn(problem: Problem, variant: str) -> tuple[Any, Callable]:
     convolutions = [_conv(**part) for part in problem.weights["convolutions"]]
-    return training(_CNN(convolutions, [dense(**layer) for layer in problem.weights["layers"]]))
+    return training(
+        problem, _CNN(convolutions, [dense(**layer) for layer in problem.weights["layers"]])
+    )
 
 
 def _batch_norm(part: dict) -> eqx.nn.BatchNorm:
@@ -273,7 +275,7 @@ class _ResNet(eqx.Module):
 
 def resnet(problem: Problem, variant: str) -> tuple[Any, Callable]:
     model, statistics = eqx.nn.make_with_state(_ResNet)(problem)
-    optim = optimizer()
+    optim = optimizer(problem.adamw)
 
     @eqx.filter_jit
     def update(model: Any, statistics: Any, opt_state: Any, batch: Any) -> tuple[Any, ...]:

@@ -6,9 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax_rows import layers
-from problems import LEARNING_RATE, WEIGHT_DECAY, Problem
+from problems import Problem
 
 import fnml
 from fnml import Mean, Metrics, State, keep_memory, models, train, transforms
@@ -30,20 +29,24 @@ def value(metrics: dict[str, Mean]) -> float:
 
 
 def steps_per_call(variant: str) -> int:
-    return 10 if variant == "fused" else 1
+    return 10 if "fused" in variant else 1
 
 
 def training(
-    params: PyTree, loss_fn: Callable[..., Any], variant: str, model_state: PyTree = ()
+    problem: Problem,
+    params: PyTree,
+    loss_fn: Callable[..., Any],
+    variant: str,
+    model_state: PyTree = (),
 ) -> tuple[State, Callable]:
     """Return the state and the donating step of a loss function; a block of steps if "fused"."""
-    if variant == "native":
-        loss_fn = transforms.native(loss_fn)
-    optimizer = optax.adamw(LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-    step = train.train_step(jax.value_and_grad(loss_fn, has_aux=True), optimizer)
+    rule = train.adamw(**problem.adamw._asdict())
+    step = train.train_step(jax.value_and_grad(loss_fn, has_aux=True), rule)
+    if "native" in variant:
+        step = transforms.native(step)
     params = jax.tree.map(jnp.asarray, params)
-    state = State.create(params, optimizer, jax.random.key(0), model_state)
-    if variant == "fused":
+    state = State.create(params, rule, jax.random.key(0), model_state)
+    if "fused" in variant:
         step = transforms.fuse(step, steps_per_call(variant))
     return state, jax.jit(step, donate_argnums=0)
 
@@ -59,7 +62,7 @@ def _gpt(problem: Problem, variant: str) -> tuple[State, Callable]:
         loss = train.next_token(model.apply(params, tokens), targets)
         return loss.value, Metrics(loss.weight)
 
-    return training(params, loss_fn, variant)
+    return training(problem, params, loss_fn, variant)
 
 
 gpt_small = gpt_medium = _gpt
@@ -102,7 +105,7 @@ def digits_mlp(problem: Problem, variant: str) -> tuple[State, Callable]:
     *first, last = problem.weights["layers"]
     params = {"hidden": first, "head": last}
     classifier = _classifier(lambda params, x, state: (model.apply(params, x), ()))
-    return training(params, classifier, variant)
+    return training(problem, params, classifier, variant)
 
 
 def cnn(problem: Problem, variant: str) -> tuple[State, Callable]:
@@ -116,7 +119,7 @@ def cnn(problem: Problem, variant: str) -> tuple[State, Callable]:
         x = jax.nn.relu(models.linear(x.reshape(len(x), -1), **first))
         return models.linear(x, **last), ()
 
-    return training(problem.weights, _classifier(apply), variant)
+    return training(problem, problem.weights, _classifier(apply), variant)
 
 
 def resnet(problem: Problem, variant: str) -> tuple[State, Callable]:
@@ -127,4 +130,4 @@ def resnet(problem: Problem, variant: str) -> tuple[State, Callable]:
         return model.apply(params, x, state=state, train=True)
 
     state = fnml.init(model.state, jax.random.key(0))
-    return training(problem.weights, _classifier(apply), variant, state)
+    return training(problem, problem.weights, _classifier(apply), variant, state)

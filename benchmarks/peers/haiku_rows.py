@@ -28,10 +28,12 @@ def versions() -> dict[str, str]:
     return {"dm-haiku": hk.__version__, "jax": jax.__version__}
 
 
-def training(forward: Callable[..., jax.Array], params: Any) -> tuple[Any, Callable]:
+def training(
+    problem: Problem, forward: Callable[..., jax.Array], params: Any
+) -> tuple[Any, Callable]:
     """Return the state and the step of a classifier, from a function of the inputs."""
     network = hk.without_apply_rng(hk.transform(forward))
-    optim = optimizer()
+    optim = optimizer(problem.adamw)
 
     @jax.jit
     def update(params: Any, opt_state: Any, batch: Any) -> tuple[Any, Any, jax.Array]:
@@ -83,7 +85,7 @@ def _gpt(problem: Problem, variant: str) -> tuple[Any, Callable]:
             params[f"layer{i}_{name}"] = layer[name]
         for name, kernel in (layer["attention"] | layer["mlp"]).items():
             params[f"layer{i}_{name}"] = {"w": kernel}
-    return training(forward, params)
+    return training(problem, forward, params)
 
 
 gpt_small = gpt_medium = _gpt
@@ -154,7 +156,9 @@ def digits_mlp(problem: Problem, variant: str) -> tuple[Any, Callable]:
         return x
 
     layers = problem.weights["layers"]
-    return training(forward, {f"layer{i}": _named(layer) for i, layer in enumerate(layers)})
+    return training(
+        problem, forward, {f"layer{i}": _named(layer) for i, layer in enumerate(layers)}
+    )
 
 
 def cnn(problem: Problem, variant: str) -> tuple[Any, Callable]:
@@ -167,7 +171,9 @@ def cnn(problem: Problem, variant: str) -> tuple[Any, Callable]:
 
     w = problem.weights
     params = {f"conv{i}": _named(part) for i, part in enumerate(w["convolutions"])}
-    return training(forward, params | {f"layer{i}": _named(x) for i, x in enumerate(w["layers"])})
+    return training(
+        problem, forward, params | {f"layer{i}": _named(x) for i, x in enumerate(w["layers"])}
+    )
 
 
 def resnet(problem: Problem, variant: str) -> tuple[Any, Callable]:
@@ -202,7 +208,8 @@ def resnet(problem: Problem, variant: str) -> tuple[Any, Callable]:
             for name, part in block.items():
                 part = offset(part) if isinstance(part, dict) else {"w": part}
                 params[f"block{i}_{j}_{name}"] = part
-    network, optim = hk.without_apply_rng(hk.transform_with_state(forward)), optimizer()
+    network = hk.without_apply_rng(hk.transform_with_state(forward))
+    optim = optimizer(problem.adamw)
     shown = jnp.asarray(problem.batches[0][0])
     _, statistics = jax.jit(network.init)(jax.random.key(0), shown)
 

@@ -5,15 +5,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from problems import LEARNING_RATE, WEIGHT_DECAY
+from problems import AdamW
 
 
 def on_device(batches: list) -> list:
     return [jax.device_put(batch) for batch in batches]
 
 
-def optimizer() -> optax.GradientTransformation:
-    return optax.adamw(LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+def optimizer(adamw: AdamW | None = None) -> optax.GradientTransformation:
+    return optax.adamw(**(adamw or AdamW())._asdict())
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:

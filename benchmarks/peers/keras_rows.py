@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import keras
 from jax_rows import layers, on_device, rotate
-from problems import LEARNING_RATE, WEIGHT_DECAY, Problem
+from problems import Problem
 
 value = float
 __all__ = [
@@ -31,11 +31,20 @@ def versions() -> dict[str, str]:
     return {"keras": keras.__version__, "jax": jax.__version__}
 
 
-def training(model: keras.Model, epsilon: float = 2e-9) -> tuple[Any, Callable]:
+class _AdamW(keras.optimizers.AdamW):
+    """Keras' AdamW with epsilon added after the second moment's bias is corrected, and not before."""
+
+    def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
+        epsilon, steps = self.epsilon, keras.ops.cast(self.iterations + 1, variable.dtype)
+        self.epsilon = epsilon * keras.ops.sqrt(1 - keras.ops.power(self.beta_2, steps))
+        super().update_step(gradient, variable, learning_rate)
+        self.epsilon = epsilon
+
+
+def training(problem: Problem, model: keras.Model) -> tuple[Any, Callable]:
     """Return the state and the step of a classifier."""
-    # Keras adds epsilon before it corrects the second moment's bias, where it weighs more at first:
-    # this much comes closest to 1e-8 added after it, over 50 steps.
-    optimizer = keras.optimizers.AdamW(LEARNING_RATE, weight_decay=WEIGHT_DECAY, epsilon=epsilon)
+    rate, b1, b2, eps, weight_decay = problem.adamw
+    optimizer = _AdamW(rate, weight_decay=weight_decay, beta_1=b1, beta_2=b2, epsilon=eps)
     optimizer.build(model.trainable_variables)
     crossed = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
@@ -88,7 +97,7 @@ def _gpt(problem: Problem, variant: str) -> tuple[Any, Callable]:
     model = keras.Model(tokens, logits)
     for part, arrays in made:
         part.set_weights(arrays)
-    return training(model)
+    return training(problem, model)
 
 
 gpt_small = gpt_medium = _gpt
@@ -156,7 +165,7 @@ def digits_mlp(problem: Problem, variant: str) -> tuple[Any, Callable]:
     model = keras.Sequential([keras.Input((sizes[0],)), *made])
     for layer, part in zip(made, layers, strict=True):
         layer.set_weights([part["kernel"], part["bias"]])
-    return training(model)
+    return training(problem, model)
 
 
 def cnn(problem: Problem, variant: str) -> tuple[Any, Callable]:
@@ -169,8 +178,7 @@ def cnn(problem: Problem, variant: str) -> tuple[Any, Callable]:
     model = keras.Model(pictures, made[3](made[2](keras.layers.Flatten()(x))))
     for layer, part in zip(made, parts, strict=True):
         layer.set_weights([part["kernel"], part["bias"]])
-    # Here the first steps count most, where this is 1e-8 after the correction.
-    return training(model, epsilon=3e-10)
+    return training(problem, model)
 
 
 def resnet(problem: Problem, variant: str) -> tuple[Any, Callable]:
@@ -205,4 +213,4 @@ def resnet(problem: Problem, variant: str) -> tuple[Any, Callable]:
     model = keras.Model(pictures, head(keras.layers.GlobalAveragePooling2D()(x)))
     for part, arrays in made:
         part.set_weights(arrays)
-    return training(model)
+    return training(problem, model)

@@ -29,10 +29,12 @@ def versions() -> dict[str, str]:
     return {"flax": flax.__version__, "jax": jax.__version__}
 
 
-def training(model: nn.Module, params: Any) -> tuple[TrainState, Callable]:
+def training(problem: Problem, model: nn.Module, params: Any) -> tuple[TrainState, Callable]:
     """Return the state and the step of a classifier: model of the inputs, cross entropy."""
     state = TrainState.create(
-        apply_fn=model.apply, params=jax.tree.map(jnp.asarray, params), tx=optimizer()
+        apply_fn=model.apply,
+        params=jax.tree.map(jnp.asarray, params),
+        tx=optimizer(problem.adamw),
     )
 
     @jax.jit
@@ -86,7 +88,7 @@ def _gpt(problem: Problem, variant: str) -> tuple[TrainState, Callable]:
         }
         norms = {name: layer[name] for name in ("attention_norm", "mlp_norm")}
         params[f"layer{i}"] = kernels | norms
-    return training(_GPT(flax.core.freeze(problem.config)), params)
+    return training(problem, _GPT(flax.core.freeze(problem.config)), params)
 
 
 gpt_small = gpt_medium = _gpt
@@ -155,7 +157,7 @@ class _MLP(nn.Module):
 
 def digits_mlp(problem: Problem, variant: str) -> tuple[TrainState, Callable]:
     params = {f"layer{i}": layer for i, layer in enumerate(problem.weights["layers"])}
-    return training(_MLP(problem.config["sizes"]), params)
+    return training(problem, _MLP(problem.config["sizes"]), params)
 
 
 class _CNN(nn.Module):
@@ -171,7 +173,7 @@ class _CNN(nn.Module):
 def cnn(problem: Problem, variant: str) -> tuple[TrainState, Callable]:
     params = {f"conv{i}": part for i, part in enumerate(problem.weights["convolutions"])}
     params |= {f"layer{i}": layer for i, layer in enumerate(problem.weights["layers"])}
-    return training(_CNN(), params)
+    return training(problem, _CNN(), params)
 
 
 class _ResNet(nn.Module):
@@ -211,7 +213,9 @@ def resnet(problem: Problem, variant: str) -> tuple[Any, Callable]:
     shown = jnp.asarray(problem.batches[0][0])
     statistics = jax.jit(model.init)(jax.random.key(0), shown)["batch_stats"]
     state = TrainState.create(
-        apply_fn=model.apply, params=jax.tree.map(jnp.asarray, params), tx=optimizer()
+        apply_fn=model.apply,
+        params=jax.tree.map(jnp.asarray, params),
+        tx=optimizer(problem.adamw),
     )
 
     @jax.jit

@@ -28,7 +28,7 @@ def versions() -> dict[str, str]:
     return {"flax": flax.__version__, "jax": jax.__version__}
 
 
-def training(model: nnx.Module, variant: str) -> tuple[Any, Callable]:
+def training(problem: Problem, model: nnx.Module, variant: str) -> tuple[Any, Callable]:
     """Return the state and the step of a classifier; ``variant`` is "nnx.jit" or "jax.jit"."""
 
     def update(model: nnx.Module, optimizer: nnx.Optimizer, batch: Any) -> jax.Array:
@@ -39,7 +39,7 @@ def training(model: nnx.Module, variant: str) -> tuple[Any, Callable]:
         optimizer.update(model, grads)
         return loss
 
-    both = (model, nnx.Optimizer(model, optimizer(), wrt=nnx.Param))
+    both = (model, nnx.Optimizer(model, optimizer(problem.adamw), wrt=nnx.Param))
     if variant == "nnx.jit":
         jitted = nnx.jit(update)
         return both, lambda both, batch: (both, jitted(*both, batch))
@@ -104,7 +104,7 @@ class _GPT(nnx.Module):
 
 
 def _gpt(problem: Problem, variant: str) -> tuple[Any, Callable]:
-    return training(_GPT(problem), variant)
+    return training(problem, _GPT(problem), variant)
 
 
 gpt_small = gpt_medium = _gpt
@@ -172,7 +172,7 @@ class _MLP(nnx.Module):
 
 
 def digits_mlp(problem: Problem, variant: str) -> tuple[Any, Callable]:
-    return training(_MLP(problem), variant)
+    return training(problem, _MLP(problem), variant)
 
 
 def _conv(kernel: Any, bias: Any = None, stride: int = 1) -> nnx.Conv:
@@ -193,7 +193,7 @@ class _CNN(nnx.Module):
 
 
 def cnn(problem: Problem, variant: str) -> tuple[Any, Callable]:
-    return training(_CNN(problem), variant)
+    return training(problem, _CNN(problem), variant)
 
 
 def _batch_norm(part: dict) -> nnx.BatchNorm:
@@ -236,4 +236,4 @@ class _ResNet(nnx.Module):
 
 
 def resnet(problem: Problem, variant: str) -> tuple[Any, Callable]:
-    return training(_ResNet(problem), variant)
+    return training(problem, _ResNet(problem), variant)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from problems import LEARNING_RATE, WEIGHT_DECAY, Problem
+from problems import Problem
 from torch import nn
 from torch.nn import functional as F
 
@@ -38,16 +38,15 @@ def _keep_memory() -> None:
         libc.mallopt(option, wanted)
 
 
-def training(model: nn.Module, variant: str) -> tuple[Any, Callable]:
+def training(problem: Problem, model: nn.Module, variant: str) -> tuple[Any, Callable]:
     """Return the state and the step of a classifier.
 
     ``variant`` holds "compile" for torch.compile and "malloc" for an allocator that keeps memory.
     """
     if "malloc" in variant:
         _keep_memory()
-    optimizer = torch.optim.AdamW(
-        model.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True
-    )
+    rate, b1, b2, eps, weight_decay = problem.adamw
+    optimizer = torch.optim.AdamW(model.parameters(), rate, (b1, b2), eps, weight_decay, fused=True)
     called = torch.compile(model) if "compile" in variant else model
 
     def step(state: Any, batch: Any) -> tuple[Any, torch.Tensor]:
@@ -134,7 +133,7 @@ class _GPT(nn.Module):
 
 
 def _gpt(problem: Problem, variant: str) -> tuple[Any, Callable]:
-    return training(_GPT(problem), variant)
+    return training(problem, _GPT(problem), variant)
 
 
 gpt_small = gpt_medium = _gpt
@@ -204,7 +203,7 @@ def bert(problem: Problem, variant: str) -> tuple[Any, Callable]:
 def digits_mlp(problem: Problem, variant: str) -> tuple[Any, Callable]:
     first, *others = (dense(**layer) for layer in problem.weights["layers"])
     layers = [x for layer in others for x in (nn.ReLU(), layer)]
-    return training(nn.Sequential(first, *layers), variant)
+    return training(problem, nn.Sequential(first, *layers), variant)
 
 
 def _conv(kernel: np.ndarray, bias: np.ndarray | None = None, stride: int = 1) -> nn.Module:
@@ -235,7 +234,7 @@ def cnn(problem: Problem, variant: str) -> tuple[Any, Callable]:
     for part in problem.weights["convolutions"]:
         layers += [_conv(**part), nn.ReLU(), nn.MaxPool2d(2)]
     first, last = (dense(**layer) for layer in problem.weights["layers"])
-    return training(nn.Sequential(*layers, _Flat(), first, nn.ReLU(), last), variant)
+    return training(problem, nn.Sequential(*layers, _Flat(), first, nn.ReLU(), last), variant)
 
 
 def _batch_norm(part: dict[str, np.ndarray]) -> nn.Module:
@@ -267,4 +266,4 @@ def resnet(problem: Problem, variant: str) -> tuple[Any, Callable]:
     layers = [_ChannelsFirst(), _conv(w["stem"]["conv"]), _batch_norm(w["stem"]["norm"]), nn.ReLU()]
     for i, stage in enumerate(w["stages"]):
         layers += [_Residual(block, 2 if i and not j else 1) for j, block in enumerate(stage)]
-    return training(nn.Sequential(*layers, _Mean(), dense(**w["head"])).train(), variant)
+    return training(problem, nn.Sequential(*layers, _Mean(), dense(**w["head"])).train(), variant)

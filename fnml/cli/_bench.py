@@ -27,6 +27,7 @@ Suite = Literal[
     "transforms",
     "runtimes",
     "startup",
+    "compile",
 ]
 
 
@@ -48,6 +49,7 @@ _SCRIPTS: Mapping[Suite, _Script] = {
     "transforms": _Script("transforms.py"),
     "runtimes": _Script("onnx_import.py"),
     "startup": _Script("startup.py"),
+    "compile": _Script("compile_time.py"),
 }
 # The peers' own environments: the variable that names each one's Python, and what is in it.
 _PEERS = {

@@ -15,8 +15,6 @@ from fnml.core._errors import ConfigError
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 
 _COMPILED = "/jax/core/compile/backend_compile_duration"
-_LONG = 0.1
-"""Seconds: what the compiler leaves after less is not worth a walk through all free blocks."""
 
 
 def keep_memory(arenas: int = 1) -> bool:
@@ -87,7 +85,9 @@ def _one_step_at_a_time() -> None:
     trim = ctypes.CDLL(None).malloc_trim
 
     def listen(event: str, duration_secs: float, **_: Any) -> None:
-        if event == _COMPILED and duration_secs > _LONG:
+        # After small programs too, such as the one that reads a loss: what they keep may lie where
+        # the last step's working memory was, which then no step fits into again.
+        if event == _COMPILED:
             trim(0)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
