@@ -59,7 +59,8 @@ def attention(
         depends on the key and the position alone: every implementation drops the same.
       key: the random key of dropout.
       implementation: see :data:`fnml.pallas_kernels.Implementation`. "auto" takes a Pallas
-        kernel from 512 queries and keys on; docs/kernels.md lists what runs where.
+        kernel from 512 queries and keys on; below, TPUs and GPUs take all scores at once, where
+        CPUs go in blocks. docs/kernels.md lists what runs where.
       interpret: run a Pallas body in an interpreter, with ``implementation="pallas"``: "tpu",
         "cuda", or an interpreter's parameters.
 

@@ -6,16 +6,23 @@ from typing import Any
 import jax
 from jax import lax
 
-from fnml.pallas_kernels.attention import _lax
-from fnml.pallas_kernels.attention._blocks import BY_HEAD, BY_HEAD_BLOCK
+from fnml.pallas_kernels.attention import _lax, _whole
+from fnml.pallas_kernels.attention._blocks import BY_HEAD, BY_HEAD_BLOCK, WORTH
 from fnml.pallas_kernels.attention._tiles import Extras, Plan
 
 
 def forward(
     plan: Plan, q: jax.Array, k: jax.Array, v: jax.Array, extras: Extras
 ) -> tuple[jax.Array, jax.Array]:
-    """Return what :func:`_lax.forward` returns; on a CPU long sequences go head by head."""
+    """Return what :func:`_lax.forward` returns, in the form that is best where it runs.
+
+    On a CPU long sequences go head by head, on TPUs and GPUs all scores of short ones at once (the
+    second result is nothing then).
+    """
     plain = partial(_lax.forward, plan)
+    if _short(plan, q, k):
+        whole = partial(_whole.forward, plan)
+        return lax.platform_dependent(q, k, v, extras, cpu=plain, default=whole)
     if not _worth(plan, q, k, extras):
         return plain(q, k, v, extras)
     return lax.platform_dependent(q, k, v, extras, cpu=partial(_forward, plan), default=plain)
@@ -31,12 +38,20 @@ def backward(
     log: jax.Array,
     grad: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
-    """Return what :func:`_lax.backward` returns; on a CPU long sequences go head by head."""
+    """Return what :func:`_lax.backward` returns, in the form of :func:`forward`."""
     plain = partial(_lax.backward, plan)
     operands = (q, k, v, extras, out, log, grad)
+    if _short(plan, q, k):
+        whole = partial(_whole.backward, plan)
+        return lax.platform_dependent(*operands, cpu=plain, default=whole)
     if not _worth(plan, q, k, extras):
         return plain(*operands)
     return lax.platform_dependent(*operands, cpu=partial(_backward, plan), default=plain)
+
+
+def _short(plan: Plan, q: jax.Array, k: jax.Array) -> bool:
+    """Tell whether all scores are so few that blocks of them save a TPU or GPU no memory."""
+    return plan.left is None and max(q.shape[1], k.shape[1]) < WORTH
 
 
 def _worth(plan: Plan, q: jax.Array, k: jax.Array, extras: Extras) -> bool:

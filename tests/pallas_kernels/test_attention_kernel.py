@@ -323,3 +323,46 @@ def test_head_by_head_is_for_cpus_alone(monkeypatch):
     assert chosen["cpu"] != plain["cpu"]
     for platform in ("tpu", "cuda", "rocm"):
         assert chosen[platform] == plain[platform]
+
+
+def _forced(platform):
+    """Return a ``platform_dependent`` that takes one platform's branch wherever it runs."""
+    return lambda *operands, default, **by: by.get(platform, default)(*operands)
+
+
+@pytest.mark.parametrize(
+    "options", ["causal", "window", "segments", "lengths", "soft cap", "bias", "mask", "dropout"]
+)
+def test_short_attention_as_tpus_and_gpus_run_it_equals_float64(monkeypatch, options):
+    arrays, rng = _draw(2, 90, 70, 4, 2, 8), np.random.default_rng(2)
+    segments = tuple(jnp.asarray(np.sort(rng.integers(0, 3, (2, n)))) for n in (90, 70))
+    mask = rng.integers(0, 2, (2, 1, 90, 70)).astype(bool)
+    given = {
+        "causal": {"causal": True},
+        "window": {"window": (100, 3)},
+        "segments": {"segment_ids": segments},
+        "lengths": {"lengths": jnp.array([70, 31]), "causal": True},
+        "soft cap": {"soft_cap": 1.5},
+        "bias": {},
+        "mask": {"mask": jnp.asarray(mask & (np.arange(90) > 0)[:, None])},
+        "dropout": {"dropout": 0.3, "key": jax.random.key(3)},
+    }[options]
+    if options == "bias":
+        arrays = (*arrays, jnp.asarray(rng.normal(size=(1, 4, 90, 70)), jnp.float32))
+    want = double(_value_and_grads("reference", **given), *arrays)
+    monkeypatch.setattr(_by_head.lax, "platform_dependent", _forced("tpu"))
+    run = jax.jit(_value_and_grads("lax", **given)).trace(*arrays)
+    # All scores at once: no loop over blocks. (Drawing a seed has one.)
+    assert options == "dropout" or "while" not in run.lower().as_text()
+    assert distance(run.lower().compile()(*arrays), want) < TOLERANCE["float32"]
+
+
+def test_short_attention_on_cpus_is_what_it_would_be_without_the_other_form(monkeypatch):
+    arrays = _draw(2, 100, 100, 2, 2, 8)
+
+    def run():
+        return jax.jit(_value_and_grads("lax", causal=True))(*arrays)
+
+    chosen = run()
+    monkeypatch.setattr(_by_head, "WORTH", 0)
+    jax.tree.map(np.testing.assert_array_equal, chosen, run())

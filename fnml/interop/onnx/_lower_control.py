@@ -41,6 +41,11 @@ def _platform_index(g: Builder, eqn: Any, *_: str) -> str:
     return g.constant(np.array(chosen, np.int32))
 
 
+def _empty(g: Builder, eqn: Any, *_: str) -> str:
+    """Write a number that nothing reads, of which a loop makes what it fills."""
+    return g.constant(np.zeros((), eqn.params["dtype"]))
+
+
 def _cond(g: Builder, eqn: Any, which: str, *inputs: str) -> list[str]:
     branches = bodies(eqn)
     known = g.constants.get(which)
@@ -158,6 +163,7 @@ LOWERINGS: Mapping[str, Lowering] = {
     **dict.fromkeys(("jit", "pjit", "closed_call", "core_call"), _call),
     **dict.fromkeys(("custom_jvp_call", "custom_vjp_call"), _call),
     **dict.fromkeys(("remat", "remat2", "checkpoint"), _call),
+    "empty2": _empty,
     "platform_index": _platform_index,
     "cond": _cond,
     "while": _while,
