@@ -128,15 +128,15 @@ def _images(
     return Case(loss_fn, params, state, batches, whole, rounding)
 
 
-def _text(rate: float) -> Case:
-    model = gpt(GPTConfig(vocab=11, width=16, layers=2, heads=2, context=6, dropout=rate))
+def _text(rate: float, width: int = 16, T: int = 6) -> Case:
+    model = gpt(GPTConfig(vocab=11, width=width, layers=2, heads=2, context=T, dropout=rate))
     rng = np.random.default_rng(1)
-    lengths = rng.integers(0, 7, (STEPS, B, 1))
+    lengths = rng.integers(0, T + 1, (STEPS, B, 1))
     lengths[:, :2] = 0  # the first quarter of every batch is masked entirely
-    lengths[:, 2] = 6
+    lengths[:, 2] = T
     batches = {
-        "tokens": rng.integers(0, 11, (STEPS, B, 7)).astype(np.int32),
-        "mask": (np.arange(6) < lengths).astype(np.float32),
+        "tokens": rng.integers(0, 11, (STEPS, B, T + 1)).astype(np.int32),
+        "mask": (np.arange(T) < lengths).astype(np.float32),
     }
 
     def loss_fn(params, batch, key):
@@ -201,6 +201,11 @@ class Perceptron(nnx.Module):
     def __call__(self, x):
         x = nnx.relu(self.norm(self.first(x.reshape(len(x), -1))))
         return self.last(self.drop(x))
+
+
+def wide_text() -> Case:
+    """Return the smallest language model whose products and attention C++ takes too."""
+    return _text(0.2, width=64, T=16)
 
 
 def cases() -> dict[str, Case]:

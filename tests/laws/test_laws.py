@@ -5,6 +5,7 @@ Gradients are compared, never the trajectories of Adam, which hides a wrong scal
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,9 +16,10 @@ import optax
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from law_cases import KEY, ROUNDING, STEPS, B, Case, bits, cases, distances
+from law_cases import KEY, ROUNDING, STEPS, B, Case, bits, cases, distances, wide_text
 
 from fnml.core import Mean, Metrics, State, make_mesh
+from fnml.pallas_kernels import native_faults
 from fnml.train import train_step
 from fnml.transforms import (
     Policy,
@@ -27,6 +29,7 @@ from fnml.transforms import (
     fuse,
     loss_scaling,
     mixed_precision,
+    native,
     noise_scale,
     per_example,
     population,
@@ -40,7 +43,15 @@ from fnml.transforms import (
     with_loss_scale,
 )
 
-CASES = cases()
+CASES = cases() | {"gpt_of_width_64": wide_text()}
+# The parts of each model that have a body in C++ and sizes that it takes.
+IN_CPP = {
+    "mlp": {"gelu"},
+    "cnn": {"conv2d", "batch_norm_relu"},
+    "gpt": {"norm", "rotate", "swiglu"},
+    "encoder": {"norm", "gelu"},
+    "gpt_of_width_64": {"norm", "rotate", "swiglu", "linear", "attention"},
+}
 RHO, SCALE, DECAY = 0.05, 2.0**10, 0.9
 BF16 = Policy("float32", "bfloat16", "float32")
 
@@ -51,7 +62,8 @@ def value_and_grad(loss_fn: Callable[..., Any]) -> Callable[..., Any]:
 
 def varied(case: Case) -> bool:
     """Leave out the models that differ from another one in a point or two."""
-    return case not in (CASES[name] for name in ("cnn", "resnet", "encoder", "gpt_without_dropout"))
+    alike = "cnn", "resnet", "encoder", "gpt_without_dropout", "gpt_of_width_64"
+    return case not in (CASES[name] for name in alike)
 
 
 def every(case: Case) -> bool:
@@ -63,6 +75,10 @@ def whole(case: Case) -> bool:
     return case.whole
 
 
+def in_cpp(case: Case) -> bool:
+    return case in (CASES[name] for name in IN_CPP)
+
+
 class Law(NamedTuple):
     """An equation between two results ``((loss, metrics), grads)``.
 
@@ -72,6 +88,7 @@ class Law(NamedTuple):
       holds: for which models the law is stated.
       exact: whether the sides have the same bits; else they are as far apart, relative in norm,
         as two programs for the model's loss may be.
+      faults: what keeps this machine from running the left side.
     """
 
     name: str
@@ -79,6 +96,7 @@ class Law(NamedTuple):
     right: Callable[[Case], Any]
     holds: Callable[[Case], bool] = varied
     exact: bool = False
+    faults: tuple[str, ...] = ()
 
 
 @functools.cache
@@ -93,6 +111,16 @@ def accumulated(case: Case) -> Any:
 
 def rematerialised(policy: str, scope: str) -> Callable[[Case], Any]:
     return lambda case: case.grads(value_and_grad(remat(case.loss_fn, policy, scope=scope)))
+
+
+def natively(case: Case) -> Any:
+    """Return the gradients from a program that runs in C++ what it can, and no less."""
+    grad_fn = jax.jit(value_and_grad(native(case.loss_fn)))
+    lowered = grad_fn.lower(case.params, case.batch, KEY, **case.options)
+    kinds = "_forward|_backward|_input_gradient|_kernel_gradient"
+    called = set(re.findall(rf"fnml_(\w+?)(?:{kinds})?-", lowered.as_text()))
+    assert called == next(parts for name, parts in IN_CPP.items() if case is CASES[name])
+    return lowered.compile()(case.params, case.batch, KEY, **case.options)
 
 
 def cast_by_hand(case: Case) -> Any:
@@ -193,6 +221,10 @@ LAWS = [
             ("nothing", "whole", varied),
         )
     ),
+    # C++ rounds as float32 does, on matrix tiles too, where what a product leaves out is below
+    # 2**-24 of it, but adds in another order: so the bound is that for two programs of XLA.
+    # Measured with vectors only: up to 7.3e-7.
+    Law("native changes nothing", natively, plain, in_cpp, faults=tuple(native_faults())),
     Law(
         "accumulate of remat is accumulate",
         lambda case: case.grads(accumulate(value_and_grad(remat(case.loss_fn)), 4)),
@@ -253,6 +285,8 @@ ROWS = [(law, name) for law in LAWS for name, case in CASES.items() if law.holds
 
 @pytest.mark.parametrize(("law", "name"), ROWS, ids=[f"{law.name}-{name}" for law, name in ROWS])
 def test_gradients_loss_and_metrics(law, name):
+    if law.faults:
+        pytest.skip("; ".join(law.faults))
     left, right = law.left(CASES[name]), law.right(CASES[name])
     found = distances(left, right)
     assert max(found.values()) <= (0.0 if law.exact else CASES[name].rounding), found
@@ -473,7 +507,7 @@ def test_batch_statistics_of_parts_merge_to_those_of_the_whole_batch(name):
         np.testing.assert_allclose(merged.value, first.value, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name != "cnn"])
+@pytest.mark.parametrize("name", [n for n in CASES if n not in ("cnn", "gpt_of_width_64")])
 def test_the_models_are_not_trivial(name):
     case = CASES[name]
     (loss, metrics), grads = plain(case)

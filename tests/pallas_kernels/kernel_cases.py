@@ -43,6 +43,14 @@ def all_cases() -> list[Case]:
     return [case for file in files for case in importlib.import_module(file.stem).CASES]
 
 
+def one_per_kernel(cases: list[Case], platform: str) -> list[Case]:
+    """Choose the row of each kernel in which most of its bodies are called."""
+    kernels: dict[str, list[Case]] = {}
+    for case in cases:
+        kernels.setdefault(case.name.split()[0], []).append(case)
+    return [max(rows, key=lambda case: case.calls.get(platform, 0)) for rows in kernels.values()]
+
+
 PALLAS_TARGETS = {"tpu_custom_call", "mosaic_gpu_v2", "mosaic_gpu", "__gpu$xla.gpu.triton"}
 
 
