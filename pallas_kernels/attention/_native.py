@@ -4,7 +4,7 @@ import jax
 import numpy as np
 
 from fnml.pallas_kernels.attention._tiles import Extras, Plan
-from fnml.pallas_kernels.native import call, floats
+from fnml.pallas_kernels.native import call, floats, in_use
 
 
 def forward(
@@ -36,7 +36,7 @@ def backward(
     return grad_q, grad_k, grad_v, None
 
 
-def _attributes(plan: Plan) -> dict[str, np.generic]:
+def _attributes(plan: Plan) -> dict[str, np.generic | bool]:
     reach = {"left": plan.left, "right": plan.right}
     bounds = {side: np.int64(-1 if n is None else n) for side, n in reach.items()}
-    return {"scale": np.float32(plan.scale), **bounds}
+    return {"scale": np.float32(plan.scale), "tiles": in_use().tiles, **bounds}

@@ -26,5 +26,6 @@ from fnml.pallas_kernels.native._norms import norm_backward as norm_backward
 from fnml.pallas_kernels.native._norms import norm_forward as norm_forward
 from fnml.pallas_kernels.native._scope import active as active
 from fnml.pallas_kernels.native._scope import has_tiles as has_tiles
+from fnml.pallas_kernels.native._scope import in_use as in_use
 from fnml.pallas_kernels.native._scope import native_kernels as native_kernels
 from fnml.pallas_kernels.native._scope import unavailable as unavailable

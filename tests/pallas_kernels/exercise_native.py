@@ -27,6 +27,7 @@ def cases() -> Iterator[tuple[Callable, tuple[tuple[int, ...], ...]]]:
         (16, 1, 1, 1, 16, None),
         (65, 97, 2, 1, 16, (3, 0)),
         (130, 64, 4, 2, 48, (10**6, 5)),
+        (100, 150, 2, 1, 80, (40, 60)),
     ):
         shapes = (1, T, H, D), (1, S, K, D), (1, S, K, D)
         yield partial(attention, window=window), shapes
@@ -42,6 +43,8 @@ def cases() -> Iterator[tuple[Callable, tuple[tuple[int, ...], ...]]]:
         yield models.linear, (x, (width, features), (features,))
         yield stepped, (x, x)
         yield normalised, (x, scale, scale, x)
+    # Several blocks of columns and of the depth.
+    yield models.linear, ((65, 600), (600, 1100), (1100,))
     for size, channels, features, window, stride, padding in (
         (5, 1, 1, 3, 1, "SAME"),
         (9, 3, 16, 3, 2, "VALID"),
@@ -71,7 +74,8 @@ def main(library: Path, what: str) -> None:
     if what == "plant":
         x = jnp.ones((1, 16, 1, 16), jnp.float32)
         results = (jax.typeof(x), jax.ShapeDtypeStruct((1, 1, 15), jnp.float32))
-        options = {"scale": np.float32(1), "left": np.int64(-1), "right": np.int64(-1)}
+        bounds = {"left": np.int64(-1), "right": np.int64(-1)}
+        options = {"tiles": False, "scale": np.float32(1), **bounds}
         with native_kernels(library):
             short = jax.jit(lambda x: call("fnml_attention_forward", results, x, x, x, **options))
             jax.block_until_ready(short(x))

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fnml.pallas_kernels import attention, native_faults, native_kernels
+from fnml.pallas_kernels.native import has_tiles
 
 pytestmark = pytest.mark.skipif(bool(native_faults()), reason="; ".join(native_faults()))
 
@@ -57,46 +58,57 @@ def distance(x, y):
     T=st.integers(16, 150),
     S=st.integers(1, 210),
     heads=st.sampled_from([(1, 1), (4, 2), (3, 1), (2, 2)]),
-    D=st.sampled_from([16, 48, 64, 128]),
+    D=st.sampled_from([16, 48, 64, 80, 128]),
     left=st.none() | st.integers(0, 120),
     right=st.none() | st.integers(0, 120),
+    tiles=st.booleans(),
 )
-def test_it_is_the_textbooks_in_float64_to_rounding(B, T, S, heads, D, left, right):
-    compare_with_the_textbook(B, T, S, *heads, D, left, right)
+def test_it_is_the_textbooks_in_float64_to_rounding(B, T, S, heads, D, left, right, tiles):
+    compare_with_the_textbook(B, T, S, *heads, D, left, right, tiles=tiles)
 
 
+@pytest.mark.parametrize("tiles", [True, False])
 @pytest.mark.parametrize(("left", "right"), [(None, 0), (None, None), (70, 3)])
-def test_the_large_tiles_of_long_sequences_too(left, right):
-    compare_with_the_textbook(1, 1100, 1030, 2, 1, 16, left, right)
+def test_the_large_tiles_of_long_sequences_too(left, right, tiles):
+    compare_with_the_textbook(1, 1100, 1030, 2, 1, 48, left, right, tiles=tiles)
 
 
-def compare_with_the_textbook(B, T, S, H, K, D, left, right):
+@pytest.mark.parametrize(("T", "S", "D"), [(70, 1500, 64), (1050, 2100, 64)])
+def test_keys_that_are_too_many_to_be_kept_packed(T, S, D):
+    compare_with_the_textbook(1, T, S, 2, 1, D, 900, 40, tiles=True)
+
+
+def compare_with_the_textbook(B, T, S, H, K, D, left, right, *, tiles):
     given_arrays = arrays(B, T, S, H, K, D)
     wide = 10**6  # beyond either end is no bound
     window = (wide if left is None else left, wide if right is None else right)
-    found = with_gradients(
-        *(jnp.asarray(x, jnp.float32) for x in given_arrays),
-        window=None if left is None and right is None else window,
-        implementation="native",
-    )
+    with native_kernels(tiles=tiles):
+        found = with_gradients(
+            *(jnp.asarray(x, jnp.float32) for x in given_arrays),
+            window=None if left is None and right is None else window,
+            implementation="native",
+        )
     expected = textbook(*given_arrays, left, right)
     # Sums of up to 1,100 products in float32: measured up to 6e-7.
     for x, y in zip(found, expected, strict=True):
         assert distance(x, y) < 2e-6
 
 
-def test_large_scores_and_hidden_rows_stay_finite():
-    q, k, v, grad = (jnp.asarray(x, jnp.float32) for x in arrays(1, 40, 30, 2, 2, 16))
-    # Queries beyond key 29 + 5 see nothing; scores reach thousands.
+@pytest.mark.parametrize("size", [(40, 30, 16), (110, 100, 64)], ids=["vectors", "tiles"])
+def test_large_scores_and_hidden_rows_stay_finite(size):
+    T, S, D = size
+    q, k, v, grad = (jnp.asarray(x, jnp.float32) for x in arrays(1, T, S, 2, 2, D))
+    # The last queries, more than 5 beyond the last key, see nothing; scores reach thousands.
     found = with_gradients(300 * q, 10 * k, v, grad, window=(5, 0), implementation="native")
     expected = textbook(*(np.float64(x) for x in (300 * q, 10 * k, v, grad)), 5, 0)
-    assert not found[0][:, 35:].any() and not found[1][:, 35:].any()
+    assert not found[0][:, S + 5 :].any() and not found[1][:, S + 5 :].any()
     assert all(np.isfinite(x).all() for x in found)
     assert distance(found[0], expected[0]) < 1e-3  # scores of 1e4 are exact to 1e-3
 
 
-def test_what_a_query_does_not_see_changes_no_bit_and_a_nan_is_not_swallowed():
-    q, k, v, _ = (jnp.asarray(x, jnp.float32) for x in arrays(1, 64, 64, 1, 1, 16))
+@pytest.mark.parametrize("D", [16, 64], ids=["vectors", "tiles"])
+def test_what_a_query_does_not_see_changes_no_bit_and_a_nan_is_not_swallowed(D):
+    q, k, v, _ = (jnp.asarray(x, jnp.float32) for x in arrays(1, 64, 64, 1, 1, D))
     before, huge, lost = (
         attention(q, k, v.at[0, 40].set(x), causal=True, implementation="native")
         for x in (0.0, 1e30, jnp.nan)
@@ -107,6 +119,51 @@ def test_what_a_query_does_not_see_changes_no_bit_and_a_nan_is_not_swallowed():
     for at in (0, 40):
         scores = attention(q, k.at[0, at].set(jnp.nan), v, causal=True, implementation="native")
         assert np.isnan(scores[0, at:]).all()
+
+
+on_tiles = pytest.mark.skipif(
+    bool(native_faults()) or not has_tiles(), reason="this processor has no tiles for bfloat16"
+)
+
+
+def on_and_off(given_arrays):
+    """Return the results with tiles and without."""
+    x = [jnp.asarray(x, jnp.float32) for x in given_arrays]
+    for tiles in (True, False):
+        with native_kernels(tiles=tiles):
+            yield with_gradients(*x, causal=True, implementation="native")
+
+
+@on_tiles
+def test_tiles_lose_no_digit_to_vectors():
+    given_arrays = arrays(1, 200, 200, 2, 1, 64)
+    expected = textbook(*given_arrays, None, 0)
+    for tiled, plain, wanted in zip(*on_and_off(given_arrays), expected, strict=True):
+        assert not np.array_equal(tiled, plain)
+        assert np.linalg.norm(tiled - wanted) <= 1.5 * np.linalg.norm(plain - wanted)
+
+
+@on_tiles
+@pytest.mark.parametrize("size", [(64, 64, 32), (63, 64, 64), (64, 63, 64)])
+def test_small_sizes_do_without_tiles(size):
+    T, S, D = size
+    for tiled, plain in zip(*on_and_off(arrays(1, T, S, 2, 1, D)), strict=True):
+        np.testing.assert_array_equal(tiled, plain)
+
+
+@on_tiles
+@pytest.mark.parametrize("odd", [np.inf, np.nan])
+@pytest.mark.parametrize("where", range(4), ids=["q", "k", "v", "grad"])
+def test_numbers_that_tiles_cannot_hold_are_multiplied_without(odd, where):
+    given_arrays = arrays(1, 130, 130, 2, 1, 64)
+    given_arrays[where][0, 100, 0, 5] = odd
+    on, off = on_and_off(given_arrays)
+    assert not all(np.isfinite(x).all() for x in on)
+    for tiled, plain in zip(on, off, strict=True):
+        # The forward pass knows nothing of the output's gradient: it takes tiles.
+        if where == 3:
+            tiled, plain = np.isnan(tiled), np.isnan(plain)
+        np.testing.assert_array_equal(tiled, plain)
 
 
 def _program(**options):
@@ -186,7 +243,7 @@ SCRIPT = """
 import hashlib, sys, jax, jax.numpy as jnp
 from fnml.pallas_kernels import attention
 digest = hashlib.sha256()
-for T, S, H, K, D in ((130, 130, 4, 2, 32), (300, 70, 1, 1, 64), (17, 200, 2, 1, 16)):
+for T, S, H, K, D in ((130, 130, 4, 2, 64), (300, 70, 1, 1, 64), (17, 200, 2, 1, 16)):
     shapes = (1, T, H, D), (1, S, K, D), (1, S, K, D), (1, T, H, D)
     q, k, v, g = (jnp.sin(jnp.arange(float(a * b * c * d))).reshape(a, b, c, d) for a, b, c, d in shapes)
     for window in (None, (40, 0), (10**6, 0)):

@@ -1,7 +1,7 @@
 // Products of matrices on matrix tiles: C = bias + A B.
 //
-// An entry of C is one chain of sums along the depth, whatever the blocks: how C is divided does
-// not change a bit of it.
+// An entry of C is one chain of sums along the depth, or two by the shape alone, whatever the
+// blocks: how C is divided does not change a bit of it.
 #pragma once
 
 #include <atomic>
@@ -23,6 +23,8 @@ constexpr std::int64_t kNumbers = 1 << 17;
 // The depth of a block: two panels of A stay in the first cache, unless C is so narrow that reading
 // and writing it again with each block would cost more.
 constexpr std::int64_t kDepth = 128, kNarrowDepth = 512;
+// The depth from which, and numbers of C up to which, C is the sum of two halves.
+constexpr std::int64_t kHalved = 1024, kSmall = 1 << 18;
 constexpr std::int64_t kPair = 2 * kSide;  // rows and columns of C at a time
 
 // Add columns of B over some of the depth to p.sums, or begin them.
@@ -124,19 +126,58 @@ inline bool multiply_part(const Problem& p, Range rows, Range columns) {
   return sum(odd) == 0.0f;
 }
 
-// Return whether C was computed: if not, this process may not use tiles, or a number is not finite.
-inline bool multiply(xla::ffi::ThreadPool& pool, const Problem& p) {
-  if (!tiles::allowed()) return false;
+// Compute C in parts; several problems at once, and tell whether their operands allowed it.
+template <std::size_t Count>
+bool multiply_all(xla::ffi::ThreadPool& pool, const Problem (&problems)[Count]) {
+  const Problem& one = problems[0];
   // Turning what is copied costs as much as splitting it.
-  const Division by{kPair, kPair, p.copied ? 60 : 50, p.b.column == 1 ? 50 : 60, 1 << 21, 1 << 28};
-  const Grid grid = divide(p, by, std::max<std::int64_t>(1, pool.num_threads()));
+  const Division by{kPair,   kPair,  one.copied ? 60 : 50, one.b.column == 1 ? 50 : 60,
+                    1 << 21, 1 << 28};
+  const Grid grid = divide(one, by, std::max<std::int64_t>(1, pool.num_threads() / Count));
   std::atomic<bool> odd{false};
-  parallel(pool, grid.down * grid.across, [&](std::int64_t piece) {
-    if (!multiply_part(p, part({0, p.rows}, piece / grid.across, grid.down, by.rows),
-                       part({0, p.columns}, piece % grid.across, grid.across, by.columns)))
+  parallel(pool, Count * grid.down * grid.across, [&](std::int64_t piece) {
+    const Problem& p = problems[piece % Count];
+    const std::int64_t down = piece / Count / grid.across, across = piece / Count % grid.across;
+    if (!multiply_part(p, part({0, p.rows}, down, grid.down, by.rows),
+                       part({0, p.columns}, across, grid.across, by.columns)))
       odd.store(true, std::memory_order_relaxed);
   });
   return !odd.load(std::memory_order_relaxed);
+}
+
+// A small C of a great depth as the sum of its halves: then no thread copies what another does.
+inline bool multiply_halves(xla::ffi::ThreadPool& pool, const Problem& p) {
+  thread_local std::vector<float> space;
+  const std::int64_t size = p.rows * p.columns, half = p.depth / 2 / kDepth * kDepth;
+  if (space.size() < static_cast<std::size_t>(size + p.columns)) space.resize(size + p.columns);
+  float* other = space.data();
+  Problem first = p, second = p;
+  first.depth = half;
+  second.depth = p.depth - half;
+  second.a.at += half * p.a.column;
+  second.b.at += half * p.b.row;
+  second.c = other;
+  if (p.sums) second.sums = other + size;
+  if (!multiply_all(pool, {first, second})) return false;
+  const auto add = [](float* to, const float* from, Range some) {
+    each_vector(some.size(), [&](std::int64_t i, auto lanes) {
+      i += some.start;
+      lanes.store(to + i, lanes.load(to + i) + lanes.load(from + i));
+    });
+  };
+  const std::int64_t pieces = blocks(size, 1 << 16);
+  parallel(pool, pieces, [&](std::int64_t i) { add(p.c, other, part({0, size}, i, pieces, 1)); });
+  if (p.sums) add(p.sums, other + size, {0, p.columns});
+  return true;
+}
+
+// Return whether C was computed: if not, this process may not use tiles, or a number is not finite.
+inline bool multiply(xla::ffi::ThreadPool& pool, const Problem& p) {
+  if (!tiles::allowed()) return false;
+  // By the shape alone, as the halves' sum has other bits.
+  if (p.copied && p.depth >= kHalved && p.rows * p.columns <= kSmall)
+    return multiply_halves(pool, p);
+  return multiply_all(pool, {p});
 }
 
 #else
