@@ -24,8 +24,9 @@ def on_device(batches: list) -> list:
 
 
 def value(metrics: dict[str, Mean]) -> float:
-    """Return the loss of the last step."""
-    return float(np.ravel(metrics["loss"].value)[-1])
+    """Return the loss of the last step, read as ``fit`` does: the mean is taken on the host."""
+    loss = jax.device_get(metrics["loss"])
+    return float(np.ravel(loss.total / loss.weight)[-1])
 
 
 def steps_per_call(variant: str) -> int:
