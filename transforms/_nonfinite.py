@@ -19,6 +19,8 @@ PyTree = Any
 Reach = dict[str, int]
 _NEAREST = 8
 
+_CONSTANT = "a constant"
+
 
 @dataclass(frozen=True)
 class NonFinite:
@@ -219,18 +221,17 @@ def _level(closed: Any, values: list[Any], reach: list[Reach], loops: tuple[int,
         target = next((v for v in outputs if bad(v, False)), None)
     place = None if target is None else origin(target, nan)
     if place is None:
-        return NonFinite("NaN" if nan else "infinity", "argument", "a constant", loops=loops)
-    then = ""
+        return NonFinite("NaN" if nan else "infinity", "argument", _CONSTANT, loops=loops)
     if nan:
-        before = next((a for a in jaxpr.eqns[place[0]].invars if bad(a, False)), None)
-        if before is not None and not isinstance(before, jex_core.Literal):
-            first = origin(before, False)
-            if first is not None:
-                eqn = jaxpr.eqns[place[0]]
+        eqn = jaxpr.eqns[place[0]]
+        infinite = [a for a in eqn.invars if not isinstance(a, jex_core.Literal) and bad(a, False)]
+        for first in (x for x in (origin(a, False) for a in infinite) if x is not None):
+            found = _origin(closed, values, first, False, near, loops)
+            # The -inf of a mask, which a branch or a loop hands on, is no origin.
+            if found.source != _CONSTANT:
                 then = f"{eqn.primitive.name} at {source(eqn)}"
-                place, nan = first, False
-    found = _origin(closed, values, place, nan, near, loops)
-    return found if not then or found.then else replace(found, then=then)
+                return found if found.then else replace(found, then=then)
+    return _origin(closed, values, place, nan, near, loops)
 
 
 def _near(near: dict[Any, Reach], atom: Any) -> Reach:

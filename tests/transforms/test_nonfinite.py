@@ -12,6 +12,7 @@ from jax import lax
 from walk_programs import PROGRAMS, WS, X
 
 from fnml.core import ConfigError, LayoutError, Metrics, NonFiniteError
+from fnml.pallas_kernels import attention
 from fnml.transforms import accumulate, checked, find_nonfinite, load_arguments, save_arguments
 
 PARAMS = {"layers": {"scale": jnp.ones((3, 4)).at[1, 2].set(-1.0), "w": WS}}
@@ -55,6 +56,18 @@ def test_batch_examples_are_found():
     batch = {"x": jnp.array([1.0, -1.0, 2.0, -3.0]), "y": jnp.ones(4)}
     found = find_nonfinite(f, jnp.float32(1), batch)
     assert found.examples == (1, 3) and found.index == (1,)
+
+
+def test_a_masks_infinity_is_not_the_origin_of_a_nan():
+    def layer(x, scale):
+        return scale * attention(x, x, x, causal=True), None
+
+    def loss(scales, x):
+        return jnp.sum(lax.scan(layer, x, scales)[0])
+
+    scales = jnp.array([1.0, 1e38, 1e38, 1.0])  # scores of the third overflow
+    found = find_nonfinite(jax.value_and_grad(loss), scales, jnp.full((1, 4, 1, 8), 2.0))
+    assert (found.kind, found.primitive, found.loops[0]) == ("infinity", "dot_general", 2)
 
 
 def test_an_overflow_is_found_behind_the_nan_it_became():
