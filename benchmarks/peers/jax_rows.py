@@ -12,8 +12,8 @@ def on_device(batches: list) -> list:
     return [jax.device_put(batch) for batch in batches]
 
 
-def optimizer(adamw: AdamW | None = None) -> optax.GradientTransformation:
-    return optax.adamw(**(adamw or AdamW())._asdict())
+def optimizer(adamw: AdamW) -> optax.GradientTransformation:
+    return optax.adamw(**adamw._asdict())
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:

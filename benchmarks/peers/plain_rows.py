@@ -29,12 +29,14 @@ def versions() -> dict[str, str]:
     return {"jax": jax.__version__}
 
 
-def training(apply: Callable[..., Any], params: PyTree, kept: PyTree = ()) -> tuple[Any, Callable]:
+def training(
+    problem: Problem, apply: Callable[..., Any], params: PyTree, kept: PyTree = ()
+) -> tuple[Any, Callable]:
     """Return the state and the step of ``apply(params, x) -> (logits, moments)``.
 
     ``kept`` are the moving averages of those moments.
     """
-    rule = optimizer()
+    rule = optimizer(problem.adamw)
     params = jax.tree.map(jnp.asarray, params)
 
     def step(state: Any, batch: Any) -> tuple[Any, jax.Array]:
@@ -84,7 +86,7 @@ def _gpt(problem: Problem, variant: str) -> tuple[Any, Callable]:
             x = layer(x, p)
         return _rms_norm(x, params["norm"]) @ params["head"]["kernel"], ()
 
-    return training(apply, problem.weights | {"layers": layers(problem)})
+    return training(problem, apply, problem.weights | {"layers": layers(problem)})
 
 
 gpt_small = gpt_medium = _gpt
@@ -128,7 +130,7 @@ def digits_mlp(problem: Problem, variant: str) -> tuple[Any, Callable]:
             x = jax.nn.relu(_dense(x, layer))
         return _dense(x, last), ()
 
-    return training(apply, problem.weights)
+    return training(problem, apply, problem.weights)
 
 
 def _conv(x: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
@@ -145,7 +147,7 @@ def cnn(problem: Problem, variant: str) -> tuple[Any, Callable]:
         first, last = params["layers"]
         return _dense(jax.nn.relu(_dense(x.reshape(len(x), -1), first)), last), ()
 
-    return training(apply, problem.weights)
+    return training(problem, apply, problem.weights)
 
 
 def resnet(problem: Problem, variant: str) -> tuple[Any, Callable]:
@@ -170,4 +172,6 @@ def resnet(problem: Problem, variant: str) -> tuple[Any, Callable]:
 
     weights = jax.tree.map(jnp.asarray, problem.weights)
     _, moments = jax.eval_shape(apply, weights, problem.batches[0][0])
-    return training(apply, weights, jax.tree.map(lambda m: jnp.zeros(m.shape, m.dtype), moments))
+    return training(
+        problem, apply, weights, jax.tree.map(lambda m: jnp.zeros(m.shape, m.dtype), moments)
+    )

@@ -70,6 +70,9 @@ def stuck(seen: Sequence[Seen], patience: Patience, coordinator: str) -> str | N
             f"{patience.start:g} s (arrived: {here}){_state(alive)}"
         )
     one = min(alive, key=lambda one: (not one.frozen, one.step, -one.idle))
+    # A stopped one stays as it is: it is named when it has itself been silent for so long.
+    if one.frozen and one.idle <= limit:
+        return None
     where = f"after step {one.step}" if one.step >= 0 else "before its first step"
     frozen = " (it is stopped: state T)" if one.frozen else ""
     return f"process {one.process} has shown no sign of life for {one.idle:.1f} s {where}{frozen}"

@@ -160,6 +160,8 @@ def seen(index, arrived=2, step=5, idle=0.0, frozen=False, code=None):
         ([seen(0, idle=9), seen(1, idle=9)], None),
         ([seen(0, idle=11), seen(1, step=4, idle=11)], "process 1 has shown no sign"),
         ([seen(0, idle=11, frozen=True), seen(1, step=4, idle=11)], "process 0 has shown no sign"),
+        # Who waits for a stopped one may be silent for longer than it.
+        ([seen(0, idle=11), seen(1, idle=9, frozen=True)], None),
         # Who has done its first step waits for who has not, as long as that may take.
         ([seen(0, step=0, idle=90), seen(1, step=-1, idle=80)], None),
         ([seen(0, step=0, idle=101), seen(1, step=-1, idle=99)], "process 1.* before its first"),
