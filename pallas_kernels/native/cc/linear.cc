@@ -7,7 +7,7 @@ namespace fnml {
 namespace {
 
 ffi::Error multiply(ffi::ThreadPool& pool, bool tiles, const Problem& p) {
-  if (!tiles || !tiled::multiply(pool, p)) panels::multiply(pool, p);
+  if (!tiles || !tiled::multiply(pool, {{p}})) panels::multiply(pool, p);
   return ffi::Error::Success();
 }
 

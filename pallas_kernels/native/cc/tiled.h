@@ -20,55 +20,93 @@ using tiles::kSide;
 
 // Numbers of a block of B, which stays in a core's second cache.
 constexpr std::int64_t kNumbers = 1 << 17;
-// The depth of a block: two panels of A stay in the first cache, unless C is so narrow that reading
-// and writing it again with each block would cost more.
-constexpr std::int64_t kDepth = 128, kNarrowDepth = 512;
+// Few rows of C are added up aside, block after block of the depth, of which two panels of A stay
+// in the first cache; as many of C's numbers as fit beside B. Of more rows a block is deeper
+// instead.
+constexpr std::int64_t kDepth = 128, kFewRows = 512, kAside = 1 << 18;
+constexpr std::int64_t kDeep = 384, kManyRows = 1024;
 // The depth from which, and numbers of C up to which, C is the sum of two halves.
 constexpr std::int64_t kHalved = 1024, kSmall = 1 << 18;
 constexpr std::int64_t kPair = 2 * kSide;  // rows and columns of C at a time
 
+// Products that share an operand: of one A, whose results lie side by side, or the terms of one C.
+struct Products {
+  std::vector<Problem> parts;
+  bool summed = false;
+
+  const Problem& first() const { return parts.front(); }
+  // The whole of them as one problem's sizes.
+  Problem sizes() const {
+    Problem all = first();
+    for (std::size_t i = 1; i < parts.size(); ++i)
+      (summed ? all.depth : all.columns) += (summed ? parts[i].depth : parts[i].columns);
+    return all;
+  }
+};
+
+// The part that some columns of all results belong to, and which of its columns they are.
+struct Place {
+  const Problem& problem;
+  Range columns;
+};
+
+inline Place place(const Products& p, const Problem& term, Range columns) {
+  if (p.summed) return {term, columns};
+  std::int64_t before = 0;
+  const Problem* at = p.parts.data();
+  for (; columns.start - before >= at->columns; ++at) before += at->columns;
+  return {*at, {columns.start - before, columns.stop - before}};
+}
+
+// A block of the depth, of one of the terms.
+struct Slice {
+  const Problem& problem;
+  Range depth;
+};
+
+// How a part of C goes through its operands.
+struct Steps {
+  std::int64_t rows, columns, depth;
+};
+
+inline Steps steps(std::int64_t rows, std::int64_t depth) {
+  if (rows <= kFewRows) {
+    const std::int64_t most = kAside / (blocks(rows, kPair) * kPair) / kPair * kPair;
+    return {kFewRows, std::min(kNumbers / kDepth, most), kDepth};
+  }
+  const std::int64_t deep =
+      blocks(blocks(depth, blocks(depth, kDeep)), tiles::kDepth) * tiles::kDepth;
+  return {kManyRows, kNumbers / deep / kPair * kPair, deep};
+}
+
 // Add columns of B over some of the depth to p.sums, or begin them.
 inline void add_up(const Problem& p, Range columns, Range depth) {
   each_vector(columns.size(), [&](std::int64_t n, auto lanes) {
-    const float* from = p.b.at + depth.start * p.b.row + columns.start + n;
-    Vec total{};
-    for (std::int64_t k = 0; k < depth.size(); ++k) total += lanes.load(from + k * p.b.row);
+    const float* from = p.b.at + columns.start + n;
     float* to = p.sums + columns.start + n;
-    lanes.store(to, depth.start ? lanes.load(to) + total : total);
+    // By a tile's depth, whatever the blocks.
+    each(depth, tiles::kDepth, [&](Range some) {
+      Vec total{};
+      for (std::int64_t k = some.start; k < some.stop; ++k) total += lanes.load(from + k * p.b.row);
+      lanes.store(to, some.start ? lanes.load(to) + total : total);
+    });
   });
 }
 
-// The numbers that a block of C starts from; null for 0.
-struct Start {
-  const float* at;
+// Numbers in memory, or none.
+struct Rows {
+  float* at;
   std::int64_t row;
 };
 
-// A block of C, at most kPair rows and columns of it.
-inline void block_of_c(const Problem& p, Range rows, Range columns, std::int64_t depth_blocks,
-                       std::int64_t apart, const float* left, const float* right, bool first) {
-  float* c = p.c + rows.start * p.columns + columns.start;
-  Start start = !first   ? Start{c, p.columns}
-                : p.bias ? Start{p.bias + columns.start, 0}
-                         : Start{nullptr, 0};
-  const bool whole = rows.size() % kSide == 0 && columns.size() % kSide == 0;
-  // What reaches beyond C's end is computed elsewhere, and a part copied.
-  alignas(64) float aside[kPair * kPair];
-  float* to = whole ? c : aside;
-  const std::int64_t to_row = whole ? p.columns : kPair;
-  if (!whole) std::memset(aside, 0, sizeof aside);
-  if (!whole && start.at) {
-    for (std::int64_t i = 0; i < rows.size(); ++i)
-      std::memcpy(aside + i * kPair, start.at + i * start.row, columns.size() * sizeof(float));
-    start = {aside, kPair};
-  }
+// A block of a product, at most kPair rows and columns of it, added to `start`, or to 0.
+inline void block_product(Range rows, Range columns, std::int64_t depth_blocks, std::int64_t apart,
+                          const float* left, const float* right, const float* start,
+                          std::int64_t start_row, Rows to) {
   const auto run = rows.size() > kSide
                        ? (columns.size() > kSide ? tiles::product<2, 2> : tiles::product<2, 1>)
                        : (columns.size() > kSide ? tiles::product<1, 2> : tiles::product<1, 1>);
-  run(depth_blocks, left, apart, right, apart, start.at, start.row, to, to_row);
-  if (!whole)
-    for (std::int64_t i = 0; i < rows.size(); ++i)
-      std::memcpy(c + i * p.columns, aside + i * kPair, columns.size() * sizeof(float));
+  run(depth_blocks, left, apart, right, apart, start, start_row, to.at, to.row);
 }
 
 // A matrix from some row and column on, as tiles take it: B's columns are their rows.
@@ -84,80 +122,132 @@ inline void fetch(Matrix x, Range rows, Range columns) {
       __builtin_prefetch(x.at + i * x.row + j, 0, 2);
 }
 
+// The numbers that the first block of C's depth starts from, in memory of which whole vectors may
+// be read: the bias in each row, or null for 0.
+inline const float* biases(const Problem& p, Range columns, float* space) {
+  if (!p.bias || columns.size() % kSide == 0) return p.bias ? p.bias + columns.start : nullptr;
+  std::memset(space, 0, kPair * sizeof(float));
+  std::memcpy(space, p.bias + columns.start, columns.size() * sizeof(float));
+  return space;
+}
+
 // Compute a part of C, and tell whether the operands allowed it.
-inline bool multiply_part(const Problem& p, Range rows, Range columns) {
+inline bool multiply_part(const Products& p, Range rows, Range columns) {
   const tiles::Registers registers;
-  // By C's columns, not by those of this part: the sums of B follow the blocks.
-  const std::int64_t most_deep = p.columns <= kNumbers / kNarrowDepth ? kNarrowDepth : kDepth;
+  const Problem& one = p.first();
+  const Steps by = steps(rows.size(), one.depth);
+  std::vector<Slice> slices;
+  for (const Problem& term : p.parts) {
+    each({0, term.depth}, by.depth, [&](Range some) { slices.push_back({term, some}); });
+    if (!p.summed) break;
+  }
+  // B is read as it lies: some of its rows from one end to the other, or whole columns.
+  const std::int64_t along_rows = one.b.column == 1 ? tiles::kDepth : by.depth;
   const auto words = [](std::int64_t numbers) {
     return blocks(numbers, kSide * tiles::kDepth) * kBlock;
   };
-  float* left = scratch(words(kPair * most_deep) + words(kNumbers));
-  float* right = left + words(kPair * most_deep);
+  const std::int64_t high = std::min(by.rows, blocks(rows.size(), kPair) * kPair);
+  const std::int64_t wide = std::min(by.columns, blocks(columns.size(), kPair) * kPair);
+  const std::int64_t kept = slices.size() > 1 ? high * wide : 0;
+  float* left = scratch(words(kPair * by.depth) + words(wide * by.depth) + kept);
+  float* right = left + words(kPair * by.depth);
+  float* aside = right + words(wide * by.depth);
   Vec odd{};
-  each(columns, kNumbers / most_deep, [&](Range across) {
-    each({0, p.depth}, most_deep, [&](Range depth) {
-      const std::int64_t deep = blocks(depth.size(), tiles::kDepth), apart = deep * kBlock;
-      const auto panel = [&](Range some) {
-        return right + (some.start - across.start) / kSide * apart;
-      };
-      each(across, kSide, [&](Range some) {
-        if (p.sums && rows.start == 0) add_up(p, some, depth);
-        tiles::pack<false>(operand(p.b, depth.start, some.start, true), some.size(), depth.size(),
-                           panel(some), odd);
-      });
-      each(rows, kPair, [&](Range down) {
-        each(down, kSide, [&](Range some) {
-          tiles::pack<true>(operand(p.a, some.start, depth.start, false), some.size(), depth.size(),
-                            left + (some.start - down.start) / kSide * apart, odd);
+  each(columns, by.columns, [&](Range across) {
+    each(rows, by.rows, [&](Range part_of_rows) {
+      for (const Slice& slice : slices) {
+        const Range depth = slice.depth;
+        const bool begins = &slice == &slices.front(), ends = &slice == &slices.back();
+        const std::int64_t deep = blocks(depth.size(), tiles::kDepth), apart = deep * kBlock;
+        const auto panel = [&](Range some) {
+          return right + (some.start - across.start) / kSide * apart;
+        };
+        if (part_of_rows.start == rows.start || slices.size() > 1)
+          each(depth, along_rows, [&](Range rows_of_b) {
+            const std::int64_t at = (rows_of_b.start - depth.start) / tiles::kDepth * kBlock;
+            each(across, kSide, [&](Range some) {
+              const auto [q, own] = place(p, slice.problem, some);
+              if (q.sums && part_of_rows.start == 0) add_up(q, own, rows_of_b);
+              tiles::pack<false>(operand(q.b, rows_of_b.start, own.start, true), own.size(),
+                                 rows_of_b.size(), panel(some) + at, odd);
+            });
+          });
+        each(part_of_rows, kPair, [&](Range down) {
+          const Matrix a = slice.problem.a;
+          each(down, kSide, [&](Range some) {
+            tiles::pack<true>(operand(a, some.start, depth.start, false), some.size(), depth.size(),
+                              left + (some.start - down.start) / kSide * apart, odd);
+          });
+          const std::int64_t pairs = blocks(across.size(), kPair);
+          each(across, kPair, [&](Range some) {
+            const std::int64_t pair = (some.start - across.start) / kPair;
+            // What is copied next comes from memory meanwhile.
+            if (!one.copied) {
+              const Range later{down.stop, std::min(down.stop + kPair, rows.stop)};
+              fetch(a, part(later, pair, pairs, 1), depth);
+            }
+            const auto [q, own] = place(p, slice.problem, some);
+            alignas(64) float whole[kPair * kPair], bias[kPair];
+            float* c = q.c + down.start * q.columns + own.start;
+            // Blocks of C lie one after the other until they are whole.
+            float* sum =
+                aside + ((down.start - part_of_rows.start) / kPair * pairs + pair) * kPair * kPair;
+            const bool fits = down.size() % kSide == 0 && own.size() % kSide == 0;
+            const Rows to = !ends  ? Rows{sum, kPair}
+                            : fits ? Rows{c, q.columns}
+                                   : Rows{whole, kPair};
+            block_product(down, own, deep, apart, left, panel(some),
+                          begins ? biases(q, own, bias) : sum, begins ? 0 : kPair, to);
+            if (to.at == whole)
+              for (std::int64_t i = 0; i < down.size(); ++i)
+                std::memcpy(c + i * q.columns, whole + i * kPair, own.size() * sizeof(float));
+          });
         });
-        const std::int64_t pairs = blocks(across.size(), kPair);
-        each(across, kPair, [&](Range some) {
-          // What is copied next comes from memory meanwhile.
-          if (!p.copied) {
-            const Range later{down.stop, std::min(down.stop + kPair, rows.stop)};
-            fetch(p.a, part(later, (some.start - across.start) / kPair, pairs, 1), depth);
-          }
-          block_of_c(p, down, some, deep, apart, left, panel(some), depth.start == 0);
-        });
-      });
+      }
     });
   });
   return sum(odd) == 0.0f;
 }
 
-// Compute C in parts; several problems at once, and tell whether their operands allowed it.
-template <std::size_t Count>
-bool multiply_all(xla::ffi::ThreadPool& pool, const Problem (&problems)[Count]) {
-  const Problem& one = problems[0];
+// Compute C in parts; several at once, and tell whether their operands allowed it.
+inline bool multiply_all(xla::ffi::ThreadPool& pool, const std::vector<Products>& products) {
+  const Problem one = products.front().sizes();
+  const std::int64_t count = products.size();
   // Turning what is copied costs as much as splitting it.
   const Division by{kPair,   kPair,  one.copied ? 60 : 50, one.b.column == 1 ? 50 : 60,
                     1 << 21, 1 << 28};
-  const Grid grid = divide(one, by, std::max<std::int64_t>(1, pool.num_threads() / Count));
+  const Grid grid = divide(one, by, std::max<std::int64_t>(1, pool.num_threads() / count));
   std::atomic<bool> odd{false};
-  parallel(pool, Count * grid.down * grid.across, [&](std::int64_t piece) {
-    const Problem& p = problems[piece % Count];
-    const std::int64_t down = piece / Count / grid.across, across = piece / Count % grid.across;
-    if (!multiply_part(p, part({0, p.rows}, down, grid.down, by.rows),
-                       part({0, p.columns}, across, grid.across, by.columns)))
+  parallel(pool, count * grid.down * grid.across, [&](std::int64_t piece) {
+    const std::int64_t down = piece / count / grid.across, across = piece / count % grid.across;
+    if (!multiply_part(products[piece % count], part({0, one.rows}, down, grid.down, by.rows),
+                       part({0, one.columns}, across, grid.across, by.columns)))
       odd.store(true, std::memory_order_relaxed);
   });
   return !odd.load(std::memory_order_relaxed);
 }
 
-// A small C of a great depth as the sum of its halves: then no thread copies what another does.
-inline bool multiply_halves(xla::ffi::ThreadPool& pool, const Problem& p) {
+// Small results of a great depth as the sums of their halves: then no thread copies what another
+// does.
+inline bool multiply_halves(xla::ffi::ThreadPool& pool, const Products& p) {
   thread_local std::vector<float> space;
-  const std::int64_t size = p.rows * p.columns, half = p.depth / 2 / kDepth * kDepth;
-  if (space.size() < static_cast<std::size_t>(size + p.columns)) space.resize(size + p.columns);
+  const Problem all = p.sizes();
+  const std::int64_t half = all.depth / 2 / kDepth * kDepth;
+  const std::size_t size = (all.rows + 1) * all.columns;
+  if (space.size() < size) space.resize(size);
   float* other = space.data();
-  Problem first = p, second = p;
-  first.depth = half;
-  second.depth = p.depth - half;
-  second.a.at += half * p.a.column;
-  second.b.at += half * p.b.row;
-  second.c = other;
-  if (p.sums) second.sums = other + size;
+  Products first = p, second = p;
+  for (std::size_t i = 0; i < p.parts.size(); ++i) {
+    Problem &low = first.parts[i], &high = second.parts[i];
+    low.depth = half;
+    high.depth -= half;
+    high.a.at += half * high.a.column;
+    high.b.at += half * high.b.row;
+    high.c = other;
+    other += high.rows * high.columns;
+    if (high.sums) high.sums = other;
+    other += high.columns;
+  }
   if (!multiply_all(pool, {first, second})) return false;
   const auto add = [](float* to, const float* from, Range some) {
     each_vector(some.size(), [&](std::int64_t i, auto lanes) {
@@ -165,24 +255,35 @@ inline bool multiply_halves(xla::ffi::ThreadPool& pool, const Problem& p) {
       lanes.store(to + i, lanes.load(to + i) + lanes.load(from + i));
     });
   };
-  const std::int64_t pieces = blocks(size, 1 << 16);
-  parallel(pool, pieces, [&](std::int64_t i) { add(p.c, other, part({0, size}, i, pieces, 1)); });
-  if (p.sums) add(p.sums, other + size, {0, p.columns});
+  for (std::size_t i = 0; i < p.parts.size(); ++i) {
+    const Problem &whole = p.parts[i], &high = second.parts[i];
+    const std::int64_t numbers = whole.rows * whole.columns, pieces = blocks(numbers, 1 << 16);
+    parallel(pool, pieces, [&](std::int64_t piece) {
+      add(whole.c, high.c, part({0, numbers}, piece, pieces, 1));
+    });
+    if (whole.sums) add(whole.sums, high.sums, {0, whole.columns});
+  }
   return true;
 }
 
 // Return whether C was computed: if not, this process may not use tiles, or a number is not finite.
-inline bool multiply(xla::ffi::ThreadPool& pool, const Problem& p) {
+inline bool multiply(xla::ffi::ThreadPool& pool, const Products& p) {
   if (!tiles::allowed()) return false;
   // By the shape alone, as the halves' sum has other bits.
-  if (p.copied && p.depth >= kHalved && p.rows * p.columns <= kSmall)
+  const Problem all = p.sizes();
+  if (all.copied && all.depth >= kHalved && p.first().rows * p.first().columns <= kSmall)
     return multiply_halves(pool, p);
   return multiply_all(pool, {p});
 }
 
 #else
 
-inline bool multiply(xla::ffi::ThreadPool&, const Problem&) { return false; }
+struct Products {
+  std::vector<Problem> parts;
+  bool summed = false;
+};
+
+inline bool multiply(xla::ffi::ThreadPool&, const Products&) { return false; }
 
 #endif
 
