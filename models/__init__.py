@@ -23,6 +23,7 @@ from fnml.models._gpt_decode import gpt_cache as gpt_cache
 from fnml.models._gpt_decode import gpt_decode as gpt_decode
 from fnml.models._layer_norm import layer_norm as layer_norm
 from fnml.models._linear import linear as linear
+from fnml.models._linear import linears as linears
 from fnml.models._max_pool2d import max_pool2d as max_pool2d
 from fnml.models._mlp import MLPConfig as MLPConfig
 from fnml.models._mlp import mlp as mlp

@@ -15,7 +15,7 @@ from fnml.models._dropout import dropout
 from fnml.models._embed import embed
 from fnml.models._gelu import gelu
 from fnml.models._layer_norm import layer_norm
-from fnml.models._linear import linear
+from fnml.models._linear import linear, linears
 from fnml.models._wide import wide
 from fnml.pallas_kernels import attention
 
@@ -169,11 +169,15 @@ def encoder(config: EncoderConfig) -> Model:
             params, key = inputs
             weights = params["attention"]
 
-            def heads(part: PyTree) -> jax.Array:
-                kernel, bias = part["kernel"].reshape(config.width, -1), part["bias"].reshape(-1)
-                return linear(x, kernel, bias).reshape(*x.shape[:2], config.heads, -1)
-
-            q, k, v = (heads(weights[name]) for name in ("query", "key", "value"))
+            parts = [weights[name] for name in ("query", "key", "value")]
+            q, k, v = (
+                y.reshape(*x.shape[:2], config.heads, -1)
+                for y in linears(
+                    x,
+                    [part["kernel"].reshape(config.width, -1) for part in parts],
+                    [part["bias"].reshape(-1) for part in parts],
+                )
+            )
             y = attention(q, k, v, lengths=lengths, mask=seen).reshape(x.shape)
             kernel = weights["out"]["kernel"].reshape(-1, config.width)
             y = checkpoint_name(linear(y, kernel, weights["out"]["bias"]), "attention_out")

@@ -18,7 +18,7 @@ from fnml.models._attention import causal_attention
 from fnml.models._config import at_least, one_of, rate, refuse
 from fnml.models._dropout import dropout
 from fnml.models._embed import embed
-from fnml.models._linear import linear
+from fnml.models._linear import linear, linears
 from fnml.models._moe import Routes, moe
 from fnml.models._rms_norm import rms_norm
 from fnml.models._rope import Rotation, rotate, rotation
@@ -180,14 +180,13 @@ def project_heads(
     """Return one layer's rotated queries and keys, and its values, for x [B, T, D]."""
     x = rms_norm(x, params["attention_norm"]["scale"])
 
-    def heads(kernel: jax.Array) -> jax.Array:
-        D, heads, width = kernel.shape
-        return linear(x, kernel.reshape(D, heads * width)).reshape(*x.shape[:2], heads, width)
-
-    q = rotate(heads(params["attention"]["query"]), by)  # [B, T, H, D / H]
-    k = rotate(heads(params["attention"]["key"]), by)  # [B, T, K, D / H]
-    v = heads(params["attention"]["value"])  # [B, T, K, D / H]
-    return q, k, v
+    kernels = [params["attention"][name] for name in ("query", "key", "value")]
+    matrices = [kernel.reshape(config.width, math.prod(kernel.shape[1:])) for kernel in kernels]
+    q, k, v = (
+        y.reshape(*x.shape[:2], *kernel.shape[1:])
+        for y, kernel in zip(linears(x, matrices), kernels, strict=True)
+    )
+    return rotate(q, by), rotate(k, by), v  # [B, T, H, D / H], [B, T, K, D / H] twice
 
 
 def finish_layer(
@@ -209,7 +208,8 @@ def finish_layer(
     y, x = rms_norm(x, params["mlp_norm"]["scale"], y)
     balance = None
     if config.experts is None:
-        y = linear(swiglu(linear(y, mlp["gate"]), linear(y, mlp["up"])), mlp["down"])  # [B, T, D]
+        gate, up = linears(y, [mlp["gate"], mlp["up"]])  # [B, T, M]
+        y = linear(swiglu(gate, up), mlp["down"])  # [B, T, D]
     else:
         y, routes = experts(y, mlp, experts_per_token=config.experts_per_token)
         balance = routes.balance

@@ -19,6 +19,11 @@ def versions() -> dict[str, str]:
     return {"fnml": fnml.__version__, "jax": jax.__version__}
 
 
+def environment(row: str, variant: str) -> dict[str, str]:
+    """Return what ``keep_memory`` asks a program to be started with."""
+    return {} if row == "digits_mlp" else {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=0"}
+
+
 def on_device(batches: list) -> list:
     return [jax.device_put(batch) for batch in batches]
 
@@ -70,6 +75,7 @@ gpt_small = gpt_medium = _gpt
 
 
 def bert(problem: Problem, variant: str) -> tuple[PyTree, Callable]:
+    keep_memory()
     model = models.encoder(models.EncoderConfig(**problem.config, types=2, stacked=False))
     weights = problem.weights | {"layers": layers(problem)}
     params = jax.tree.map(lambda p, x: jnp.asarray(x.reshape(p.shape)), model.spec, weights)

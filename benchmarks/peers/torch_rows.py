@@ -18,6 +18,11 @@ def versions() -> dict[str, str]:
     return {"torch": torch.__version__}
 
 
+def environment(row: str, variant: str) -> dict[str, str]:
+    """Return what fnml's runs start with too, for the variants with their allocator."""
+    return {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=0"} if "malloc" in variant else {}
+
+
 def on_device(batches: list) -> list:
     return [tuple(_tensor(x) for x in batch) for batch in batches]
 

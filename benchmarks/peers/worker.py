@@ -34,6 +34,12 @@ def _blocks(batches: list, count: int) -> list:
     ]
 
 
+def _start_with(variables: dict[str, str]) -> None:
+    """Start anew with environment variables that a process only reads at its start."""
+    if not variables.items() <= os.environ.items():
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | variables)
+
+
 def _say(**values: object) -> None:
     print(json.dumps(values), flush=True)
 
@@ -43,6 +49,8 @@ def main() -> None:
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
     sys.path.insert(1, str(Path(__file__).parents[1]))
     framework = importlib.import_module(module)
+    if hasattr(framework, "environment"):
+        _start_with(framework.environment(row, variant))
     problem = getattr(problems, row)()
     state, step = getattr(framework, row)(problem, variant)
     # How many steps a call takes.

@@ -45,6 +45,8 @@ def cases() -> Iterator[tuple[Callable, tuple[tuple[int, ...], ...]]]:
         yield normalised, (x, scale, scale, x)
     # Several blocks of columns and of the depth.
     yield models.linear, ((65, 600), (600, 1100), (1100,))
+    # Fewer columns than a vector has, where the last rows must not be read whole.
+    yield models.linear, ((65, 70), (70, 10), (10,))
     for size, channels, features, window, stride, padding in (
         (5, 1, 1, 3, 1, "SAME"),
         (9, 3, 16, 3, 2, "VALID"),

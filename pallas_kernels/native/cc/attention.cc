@@ -118,7 +118,7 @@ struct Tiles {
     const std::int64_t group = H / K, tiles = up(T, kQueries);
     backward_parts(pool, shape, tiles, grad_k, grad_v,
                    [&](std::int64_t b, std::int64_t n, std::int64_t part, std::int64_t parts,
-                       float* to_k, float* to_v, std::int64_t to_row) {
+                       float* to_k, float* to_v, std::int64_t to_row, bool) {
                      thread_local std::vector<float> scratch;
                      scratch.resize(backward_scratch(D));
                      for (std::int64_t s = 0; s < S; ++s)

@@ -17,6 +17,7 @@ struct Problem {
   float* c;           // [rows, columns]
   bool copied;        // whether A's columns are contiguous, else its rows are
   float* sums;  // [columns]: where A's columns are contiguous, B summed over the depth; or null
+  bool adds = false;  // to what C holds, which its bias is part of
 };
 
 struct Range {

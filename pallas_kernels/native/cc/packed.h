@@ -9,7 +9,11 @@
 namespace fnml::tiled {
 
 using tiles::kBlock;
+using tiles::kDepth;
+using tiles::kParts;
 using tiles::kSide;
+using tiles::kTile;
+using tiles::Words;
 
 // A packed operand: panels of kSide rows or columns, `apart` words from one to the next.
 struct Panels {
@@ -17,25 +21,136 @@ struct Panels {
   std::int64_t apart;
 
   Panels from(std::int64_t row) const { return {at + row / kSide * apart, apart}; }
-  // From some depth on, a multiple of tiles::kDepth.
-  Panels below(std::int64_t depth) const { return {at + depth / tiles::kDepth * kBlock, apart}; }
+  // From some depth on, a multiple of kDepth.
+  Panels below(std::int64_t depth) const { return {at + depth / kDepth * kBlock, apart}; }
 };
 
-inline std::int64_t whole(std::int64_t depth) {
-  return blocks(depth, tiles::kDepth) * tiles::kDepth;
+inline std::int64_t whole(std::int64_t depth) { return blocks(depth, kDepth) * kDepth; }
+
+// The three parts of a vector's numbers, in the upper halves of words; the lower ones are to be
+// left out.
+struct Cut {
+  Words part[kParts];
+};
+
+// The first part is the nearest bfloat16 number. Of what remains, of 16 binary digits at most, the
+// second has the first eight and the third the others. `odd` becomes NaN where a number is not
+// finite, or no bfloat16 number is near it.
+inline Cut cut(Vec x, Vec& odd) {
+  const auto upper = [](Words word) { return reinterpret_cast<Vec>(word & 0xffff0000u); };
+  Cut to;
+  to.part[0] = reinterpret_cast<Words>(x) + 0x8000u;
+  const Vec rest = x - upper(to.part[0]);
+  to.part[1] = reinterpret_cast<Words>(rest);
+  const Vec last = rest - upper(to.part[1]);
+  to.part[2] = reinterpret_cast<Words>(last);
+  odd += last * 0.0f;
+  return to;
 }
 
-// Pack `count` rows or columns; those that are missing in the last panel are 0.
-template <bool Left>
-void pack(tiles::Operand x, std::int64_t count, std::int64_t depth, Panels to, Vec& odd) {
-  for (std::int64_t i = 0; i < count; i += kSide)
-    tiles::pack<Left>({x.at + i * x.row, x.row, x.column}, std::min<std::int64_t>(kSide, count - i),
-                      depth, to.from(i).at, odd);
+// Write words of pairs, the parts a tile apart.
+inline void join(const Cut& low, const Cut& high, float* to) {
+#pragma GCC unroll 3
+  for (int i = 0; i < kParts; ++i) {
+    constexpr int low_or_upper_high = 0xf8;  // a | (b & c)
+    const Words pairs = reinterpret_cast<Words>(_mm512_ternarylogic_epi32(
+        reinterpret_cast<__m512i>(low.part[i] >> 16), reinterpret_cast<__m512i>(high.part[i]),
+        _mm512_set1_epi32(static_cast<int>(0xffff0000u)), low_or_upper_high));
+    store(to + i * kTile, reinterpret_cast<Vec>(pairs));
+  }
 }
 
-// C (+)= A B; rows and columns are multiples of kSide, the depth is one of tiles::kDepth.
+// `count` rows of kSide numbers; missing ones are 0.
+struct Square {
+  const float* at;
+  std::int64_t count;
+
+  template <bool Turned>
+  void read(std::int64_t row, float factor, Vec (&to)[kSide]) const {
+#pragma GCC unroll 16
+    for (int i = 0; i < kSide; ++i) to[i] = i < count ? load(at + i * row) * factor : Vec{};
+    if (Turned) transpose(to);
+  }
+};
+
+// Write one panel at one depth: words pair the numbers of two squares, or of their columns.
+template <bool Turned>
+inline void pack_squares(Square low, Square high, std::int64_t row, float factor, float* to,
+                         Vec& odd) {
+  Vec below[kSide], above[kSide];
+  low.read<Turned>(row, factor, below);
+  high.read<Turned>(row, factor, above);
+#pragma GCC unroll 16
+  for (int i = 0; i < kSide; ++i) join(cut(below[i], odd), cut(above[i], odd), to + i * kSide);
+}
+
+// Pack rows of D numbers, a multiple of kSide, times a factor: each as a row of a left operand or,
+// turned, as a column of a right one. Rows from `count` to `all` are 0.
+template <bool Turned>
+void pack_along(const float* x, std::int64_t row, std::int64_t count, std::int64_t all,
+                std::int64_t D, float factor, Panels to, Vec& odd) {
+  for (std::int64_t i = 0; i < all; i += kSide)
+    for (std::int64_t d = 0; d < D; d += kDepth) {
+      const std::int64_t some = std::clamp<std::int64_t>(count - i, 0, kSide);
+      const float* at = x + i * row + d;
+      pack_squares<Turned>({at, some}, {at + kSide, d + kSide < D ? some : 0}, row, factor,
+                           to.from(i).below(d).at, odd);
+    }
+}
+
+// The same where rows are summed over: each is a row of a right operand or, turned, a column of a
+// left one.
+template <bool Turned>
+void pack_across(const float* x, std::int64_t row, std::int64_t count, std::int64_t D, float factor,
+                 Panels to, Vec& odd) {
+  for (std::int64_t i = 0; i < count; i += kDepth)
+    for (std::int64_t d = 0; d < D; d += kSide) {
+      const auto some = [&](std::int64_t left) { return std::clamp<std::int64_t>(left, 0, kSide); };
+      const float* at = x + i * row + d;
+      pack_squares<Turned>({at, some(count - i)}, {at + kSide * row, some(count - i - kSide)}, row,
+                           factor, to.from(d).below(i).at, odd);
+    }
+}
+
+// Rows of memory that are fetched into the cache little by little, while products run.
+class Ahead {
+ public:
+  explicit Ahead(std::int64_t width) : width_(width) {}
+
+  // Rows to be read, and those to be written, which no other core may keep.
+  void read(const float* at, std::int64_t row, std::int64_t rows) { add({at, row, rows, false}); }
+  void write(const float* at, std::int64_t row, std::int64_t rows) { add({at, row, rows, true}); }
+
+  void fetch() {
+    constexpr std::int64_t line = 16, some = 48;
+    for (std::int64_t left = some; left > 0 && at_ < count_;) {
+      const Rows& x = rows_[at_];
+      for (; left > 0 && row_ < x.rows; ++row_, left -= width_ / line)
+        for (std::int64_t d = 0; d < width_; d += line)
+          if (x.written)
+            __builtin_prefetch(x.at + row_ * x.row + d, 1);
+          else
+            __builtin_prefetch(x.at + row_ * x.row + d, 0, 2);
+      if (row_ == x.rows) ++at_, row_ = 0;
+    }
+  }
+
+ private:
+  struct Rows {
+    const float* at;
+    std::int64_t row, rows;
+    bool written;
+  };
+  void add(Rows rows) { rows_[count_++] = rows; }
+
+  std::int64_t width_, at_ = 0, row_ = 0;
+  int count_ = 0;
+  Rows rows_[8];
+};
+
+// C (+)= A B; rows and columns are multiples of kSide, the depth is one of kDepth.
 inline void multiply(std::int64_t rows, std::int64_t columns, std::int64_t depth, Panels a,
-                     Panels b, float* c, std::int64_t c_row, bool add) {
+                     Panels b, float* c, std::int64_t c_row, bool add, Ahead& ahead) {
   constexpr std::int64_t pair = 2 * kSide;
   for (std::int64_t i = 0; i < rows; i += pair)
     for (std::int64_t j = 0; j < columns; j += pair) {
@@ -43,8 +158,9 @@ inline void multiply(std::int64_t rows, std::int64_t columns, std::int64_t depth
       const auto run = tall ? (wide ? tiles::product<2, 2> : tiles::product<2, 1>)
                             : (wide ? tiles::product<1, 2> : tiles::product<1, 1>);
       float* to = c + i * c_row + j;
-      run(depth / tiles::kDepth, a.from(i).at, a.apart, b.from(j).at, b.apart, add ? to : nullptr,
-          c_row, to, c_row);
+      ahead.fetch();
+      run(depth / kDepth, a.from(i).at, a.apart, b.from(j).at, b.apart, add ? to : nullptr, c_row,
+          to, c_row);
     }
 }
 
@@ -67,7 +183,7 @@ class Space {
   explicit Space(float* at) : at_(at) {}
   float* take(std::int64_t floats) { return std::exchange(at_, at_ + floats); }
   Panels panels(std::int64_t rows, std::int64_t depth) {
-    const std::int64_t apart = blocks(depth, tiles::kDepth) * kBlock;
+    const std::int64_t apart = blocks(depth, kDepth) * kBlock;
     return {take(blocks(rows, kSide) * apart), apart};
   }
 
@@ -77,7 +193,7 @@ class Space {
 
 // Words that a packed operand takes.
 inline std::int64_t words(std::int64_t rows, std::int64_t depth) {
-  return blocks(rows, kSide) * blocks(depth, tiles::kDepth) * kBlock;
+  return blocks(rows, kSide) * blocks(depth, kDepth) * kBlock;
 }
 
 }  // namespace fnml::tiled

@@ -38,14 +38,15 @@ inline void copy_panel(const Problem& p, Range depth, Range columns, float* to) 
     for (; k + kLanes <= depth.size(); k += kLanes)
       for (std::int64_t n = 0; n < width; n += kLanes)
         turn(from + k + n * p.b.column, p.b.column, to + k * width + n, width);
-  for (; k < depth.size(); ++k) {
-    const float* row = from + k * p.b.row;
-    if (p.b.column == 1 && columns.size() == kPanel)
-      std::memcpy(to + k * width, row, kPanel * sizeof(float));
-    else
-      for (std::int64_t n = 0; n < width; ++n)
-        to[k * width + n] = n < columns.size() ? row[n * p.b.column] : 0.0f;
-  }
+  // A vector may reach beyond a row's end, into the next one.
+  const std::int64_t beyond = columns.start + width - p.columns;
+  const bool rows = p.b.column == 1;
+  for (; rows && k < depth.size() && (p.depth - 1 - depth.start - k) * p.b.row >= beyond; ++k)
+    for (std::int64_t n = 0; n < width; n += kLanes)
+      store(to + k * width + n, load(from + k * p.b.row + n));
+  for (; k < depth.size(); ++k)
+    for (std::int64_t n = 0; n < width; ++n)
+      to[k * width + n] = n < columns.size() ? from[k * p.b.row + n * p.b.column] : 0.0f;
 }
 
 // Copy rows of A, whose columns are contiguous, to tiles [depth, kRows] that lie `apart`.
@@ -129,9 +130,9 @@ void panel_rows(std::int64_t rows, std::int64_t depth, Matrix a, const float* b,
 inline void tile_of_c(const Problem& p, Range rows, Range columns, Range depth, Matrix a,
                       const float* b) {
   float* c = p.c + rows.start * p.columns + columns.start;
-  const Target to = depth.start ? Target{c, p.columns, c, p.columns}
-                    : p.bias    ? Target{c, p.columns, p.bias + columns.start, 0}
-                                : Target{c, p.columns, nullptr, 0};
+  const Target to = depth.start || p.adds ? Target{c, p.columns, c, p.columns}
+                    : p.bias              ? Target{c, p.columns, p.bias + columns.start, 0}
+                                          : Target{c, p.columns, nullptr, 0};
   if (columns.size() == kPanel) return panel_rows<kVectors>(rows.size(), depth.size(), a, b, to);
   if (columns.size() == kLanes) return panel_rows<1>(rows.size(), depth.size(), a, b, to);
   // Vectors that reach beyond the row's end are taken elsewhere, and their part copied.
@@ -171,17 +172,19 @@ inline void multiply_columns(const Problem& p, Range rows, Range columns) {
   constexpr std::int64_t most_apart = kCopiedDepth * kRows + kLanes;
   float* b = scratch(kPanel * kCopiedDepth + blocks(kHeight, kRows) * most_apart);
   float* left = b + kPanel * kCopiedDepth;
+  const bool once = columns.size() <= kPanel;  // then A is read once, where it lies
   for (std::int64_t kc = 0; kc < parts; ++kc) {
     const Range depth = part({0, p.depth}, kc, parts, 1);
     const std::int64_t apart = depth.size() * kRows + kLanes;
-    copy_tiles(p, rows, depth, left, apart);
+    if (!once) copy_tiles(p, rows, depth, left, apart);
     each(columns, kPanel, [&](Range some) {
       copy_panel(p, depth, some, b);
       if (p.sums && rows.start == 0) add_up(depth, some, b, p.sums + some.start);
       for (std::int64_t i = 0; i < tiles; ++i) {
         const std::int64_t start = rows.start + i * kRows;
-        tile_of_c(p, {start, std::min(start + kRows, rows.stop)}, some, depth,
-                  {left + i * apart, 1, kRows}, b);
+        const Matrix a = once ? Matrix{p.a.at + start + depth.start * p.a.column, 1, p.a.column}
+                              : Matrix{left + i * apart, 1, kRows};
+        tile_of_c(p, {start, std::min(start + kRows, rows.stop)}, some, depth, a, b);
       }
     });
   }

@@ -126,16 +126,27 @@ struct Scores {
   struct Slopes {
     alignas(64) float level[kQueries], inner[kQueries];
 
+    Slopes() = default;
     Slopes(const Rows& rows, std::int64_t row, std::int64_t D, const float* log, const float* out,
            const float* grad) {
-      for (std::int64_t i = 0; i < kQueries; ++i) {
-        // A row that is not there has no weights: its level is infinite.
-        level[i] = i < rows.count ? log[i] * kLog2E : kInfinity;
-        Vec dot{};
-        if (i < rows.count)
-          for (std::int64_t d = 0; d < D; d += kLanes)
-            dot += load(out + i * row + d) * load(grad + i * row + d);
-        inner[i] = sum(dot);
+      begin(rows, row, D, log, out, grad);
+    }
+
+    void begin(const Rows& rows, std::int64_t row, std::int64_t D, const float* log,
+               const float* out, const float* grad) {
+      for (std::int64_t i = 0; i < kQueries; i += kLanes) {
+        Vec dots[kLanes];
+        for (int n = 0; n < kLanes; ++n) {
+          // A row that is not there has no weights: its level is infinite.
+          level[i + n] = i + n < rows.count ? log[i + n] * kLog2E : kInfinity;
+          dots[n] = Vec{};
+          if (i + n < rows.count)
+            for (std::int64_t d = 0; d < D; d += kLanes)
+              dots[n] += load(out + (i + n) * row + d) * load(grad + (i + n) * row + d);
+        }
+        transpose(dots);
+        for (int n = 1; n < kLanes; ++n) dots[0] += dots[n];
+        store(inner + i, dots[0]);
       }
     }
 
@@ -154,9 +165,19 @@ struct Scores {
   };
 };
 
-// Share the backward pass out: call work(b, n, part, parts, to_k, to_v, to_row) for each batch,
-// each of its heads of keys, and parts of the `tiles` of queries, to write gradients of keys and
-// values to to_k and to_v. Those of the parts are added up, in order.
+// Heads of keys that one piece of work takes, one after the other: where there are many, and the
+// next one's rows can come into the cache while one is worked on. It changes no bit.
+inline std::int64_t heads_of_a_piece(const Shape& shape, std::int64_t threads) {
+  constexpr std::int64_t pieces = 8, most = 4;  // pieces of each thread, so that they end together
+  constexpr std::int64_t short_rows = 1 << 16;  // numbers of a head's queries and keys
+  if ((shape.T + shape.S) * shape.D > short_rows) return 1;
+  return std::clamp<std::int64_t>(shape.B * shape.K / (pieces * threads), 1, most);
+}
+
+// Share the backward pass out: call work(b, n, part, parts, to_k, to_v, to_row, more) for each
+// batch, each of its heads of keys, and parts of the `tiles` of queries, to write gradients of keys
+// and values to to_k and to_v. Those of the parts are added up, in order. `more`: whether the same
+// thread takes the next head thereafter.
 template <typename Work>
 void backward_parts(xla::ffi::ThreadPool& pool, const Shape& shape, std::int64_t tiles,
                     float* grad_k, float* grad_v, const Work& work) {
@@ -167,13 +188,20 @@ void backward_parts(xla::ffi::ThreadPool& pool, const Shape& shape, std::int64_t
       std::min(tiles, std::max<std::int64_t>(1, pieces / std::max<std::int64_t>(1, B * K)));
   const std::int64_t part_size = S * D;
   std::vector<float> partial(2 * B * K * (parts - 1) * part_size);
-  parallel(pool, B * K * parts, [&](std::int64_t piece) {
-    const std::int64_t part = piece % parts, n = piece / parts % K, b = piece / (parts * K);
-    const std::int64_t key = (b * S * K + n) * D;
-    // The first part writes the results, the others arrays of their own.
-    if (part == 0) return work(b, n, part, parts, grad_k + key, grad_v + key, K * D);
-    float* to = partial.data() + 2 * ((b * K + n) * (parts - 1) + part - 1) * part_size;
-    work(b, n, part, parts, to, to + part_size, D);
+  const std::int64_t run = heads_of_a_piece(shape, std::max<std::int64_t>(1, pool.num_threads()));
+  parallel(pool, up(B * K, run) * parts, [&](std::int64_t piece) {
+    const std::int64_t part = piece % parts, start = piece / parts * run,
+                       stop = std::min(B * K, start + run);
+    for (std::int64_t i = start; i < stop; ++i) {
+      const std::int64_t n = i % K, b = i / K, key = (b * S * K + n) * D;
+      const bool more = i + 1 < stop;
+      // The first part writes the results, the others arrays of their own.
+      float* to = partial.data() + 2 * (i * (parts - 1) + part - 1) * part_size;
+      if (part == 0)
+        work(b, n, part, parts, grad_k + key, grad_v + key, K * D, more);
+      else
+        work(b, n, part, parts, to, to + part_size, D, more);
+    }
   });
   if (parts == 1) return;
   parallel(pool, B * K, [&](std::int64_t piece) {

@@ -64,6 +64,22 @@ struct Slice {
   Range depth;
 };
 
+// The blocks of all terms, one after the other.
+inline std::int64_t slices(const Products& p, std::int64_t depth) {
+  std::int64_t count = 0;
+  for (const Problem& term : p.parts) {
+    count += blocks(term.depth, depth);
+    if (!p.summed) break;
+  }
+  return count;
+}
+
+inline Slice slice_of(const Products& p, std::int64_t depth, std::int64_t i) {
+  const Problem* term = p.parts.data();
+  for (; i >= blocks(term->depth, depth); ++term) i -= blocks(term->depth, depth);
+  return {*term, {i * depth, std::min(term->depth, (i + 1) * depth)}};
+}
+
 // How a part of C goes through its operands.
 struct Steps {
   std::int64_t rows, columns, depth;
@@ -136,11 +152,7 @@ inline bool multiply_part(const Products& p, Range rows, Range columns) {
   const tiles::Registers registers;
   const Problem& one = p.first();
   const Steps by = steps(rows.size(), one.depth);
-  std::vector<Slice> slices;
-  for (const Problem& term : p.parts) {
-    each({0, term.depth}, by.depth, [&](Range some) { slices.push_back({term, some}); });
-    if (!p.summed) break;
-  }
+  const std::int64_t count = slices(p, by.depth);
   // B is read as it lies: some of its rows from one end to the other, or whole columns.
   const std::int64_t along_rows = one.b.column == 1 ? tiles::kDepth : by.depth;
   const auto words = [](std::int64_t numbers) {
@@ -148,32 +160,34 @@ inline bool multiply_part(const Products& p, Range rows, Range columns) {
   };
   const std::int64_t high = std::min(by.rows, blocks(rows.size(), kPair) * kPair);
   const std::int64_t wide = std::min(by.columns, blocks(columns.size(), kPair) * kPair);
-  const std::int64_t kept = slices.size() > 1 ? high * wide : 0;
+  const std::int64_t kept = count > 1 ? high * wide : 0;
   float* left = scratch(words(kPair * by.depth) + words(wide * by.depth) + kept);
   float* right = left + words(kPair * by.depth);
   float* aside = right + words(wide * by.depth);
   Vec odd{};
   each(columns, by.columns, [&](Range across) {
     each(rows, by.rows, [&](Range part_of_rows) {
-      for (const Slice& slice : slices) {
+      for (std::int64_t i = 0; i < count; ++i) {
+        const Slice slice = slice_of(p, by.depth, i);
+        const Problem& term = slice.problem;
         const Range depth = slice.depth;
-        const bool begins = &slice == &slices.front(), ends = &slice == &slices.back();
+        const bool begins = i == 0, ends = i == count - 1;
         const std::int64_t deep = blocks(depth.size(), tiles::kDepth), apart = deep * kBlock;
         const auto panel = [&](Range some) {
           return right + (some.start - across.start) / kSide * apart;
         };
-        if (part_of_rows.start == rows.start || slices.size() > 1)
+        if (part_of_rows.start == rows.start || count > 1)
           each(depth, along_rows, [&](Range rows_of_b) {
             const std::int64_t at = (rows_of_b.start - depth.start) / tiles::kDepth * kBlock;
             each(across, kSide, [&](Range some) {
-              const auto [q, own] = place(p, slice.problem, some);
+              const auto [q, own] = place(p, term, some);
               if (q.sums && part_of_rows.start == 0) add_up(q, own, rows_of_b);
               tiles::pack<false>(operand(q.b, rows_of_b.start, own.start, true), own.size(),
                                  rows_of_b.size(), panel(some) + at, odd);
             });
           });
         each(part_of_rows, kPair, [&](Range down) {
-          const Matrix a = slice.problem.a;
+          const Matrix a = term.a;
           each(down, kSide, [&](Range some) {
             tiles::pack<true>(operand(a, some.start, depth.start, false), some.size(), depth.size(),
                               left + (some.start - down.start) / kSide * apart, odd);
@@ -186,7 +200,7 @@ inline bool multiply_part(const Products& p, Range rows, Range columns) {
               const Range later{down.stop, std::min(down.stop + kPair, rows.stop)};
               fetch(a, part(later, pair, pairs, 1), depth);
             }
-            const auto [q, own] = place(p, slice.problem, some);
+            const auto [q, own] = place(p, term, some);
             alignas(64) float whole[kPair * kPair], bias[kPair];
             float* c = q.c + down.start * q.columns + own.start;
             // Blocks of C lie one after the other until they are whole.
@@ -210,9 +224,8 @@ inline bool multiply_part(const Products& p, Range rows, Range columns) {
 }
 
 // Compute C in parts; several at once, and tell whether their operands allowed it.
-inline bool multiply_all(xla::ffi::ThreadPool& pool, const std::vector<Products>& products) {
-  const Problem one = products.front().sizes();
-  const std::int64_t count = products.size();
+inline bool multiply_all(xla::ffi::ThreadPool& pool, const Products* products, std::int64_t count) {
+  const Problem one = products->sizes();
   // Turning what is copied costs as much as splitting it.
   const Division by{kPair,   kPair,  one.copied ? 60 : 50, one.b.column == 1 ? 50 : 60,
                     1 << 21, 1 << 28};
@@ -236,9 +249,9 @@ inline bool multiply_halves(xla::ffi::ThreadPool& pool, const Products& p) {
   const std::size_t size = (all.rows + 1) * all.columns;
   if (space.size() < size) space.resize(size);
   float* other = space.data();
-  Products first = p, second = p;
+  Products halves[] = {p, p};
   for (std::size_t i = 0; i < p.parts.size(); ++i) {
-    Problem &low = first.parts[i], &high = second.parts[i];
+    Problem &low = halves[0].parts[i], &high = halves[1].parts[i];
     low.depth = half;
     high.depth -= half;
     high.a.at += half * high.a.column;
@@ -248,7 +261,7 @@ inline bool multiply_halves(xla::ffi::ThreadPool& pool, const Products& p) {
     if (high.sums) high.sums = other;
     other += high.columns;
   }
-  if (!multiply_all(pool, {first, second})) return false;
+  if (!multiply_all(pool, halves, 2)) return false;
   const auto add = [](float* to, const float* from, Range some) {
     each_vector(some.size(), [&](std::int64_t i, auto lanes) {
       i += some.start;
@@ -256,7 +269,7 @@ inline bool multiply_halves(xla::ffi::ThreadPool& pool, const Products& p) {
     });
   };
   for (std::size_t i = 0; i < p.parts.size(); ++i) {
-    const Problem &whole = p.parts[i], &high = second.parts[i];
+    const Problem &whole = p.parts[i], &high = halves[1].parts[i];
     const std::int64_t numbers = whole.rows * whole.columns, pieces = blocks(numbers, 1 << 16);
     parallel(pool, pieces, [&](std::int64_t piece) {
       add(whole.c, high.c, part({0, numbers}, piece, pieces, 1));
@@ -269,11 +282,18 @@ inline bool multiply_halves(xla::ffi::ThreadPool& pool, const Products& p) {
 // Return whether C was computed: if not, this process may not use tiles, or a number is not finite.
 inline bool multiply(xla::ffi::ThreadPool& pool, const Products& p) {
   if (!tiles::allowed()) return false;
+  // Side by side, a block of columns belongs to one of them.
+  for (std::size_t i = 0; i + 1 < p.parts.size(); ++i)
+    if (!p.summed && p.parts[i].columns % kPair) {
+      for (const Problem& each : p.parts)
+        if (!multiply(pool, {{each}})) return false;
+      return true;
+    }
   // By the shape alone, as the halves' sum has other bits.
   const Problem all = p.sizes();
   if (all.copied && all.depth >= kHalved && p.first().rows * p.first().columns <= kSmall)
     return multiply_halves(pool, p);
-  return multiply_all(pool, {p});
+  return multiply_all(pool, &p, 1);
 }
 
 #else
