@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from fnml.core import Model, Param, ShapeError, fold_name
@@ -15,6 +14,7 @@ from fnml.models._dropout import dropout
 from fnml.models._embed import embed
 from fnml.models._gelu import gelu
 from fnml.models._layer_norm import layer_norm
+from fnml.models._layers import apart, run_layers
 from fnml.models._linear import linear, linears
 from fnml.models._wide import wide
 from fnml.pallas_kernels import attention
@@ -117,7 +117,7 @@ def _spec(config: EncoderConfig) -> PyTree:
     if config.types:
         tables["type"] = table(config.types, None)
     if not config.stacked:
-        layers = [jax.tree.map(lambda p: Param(p.shape[1:], p.axes[1:], p.init), layers)] * L
+        layers = apart(layers)
     return {"embed": {**tables, "norm": norm()}, "layers": layers}
 
 
@@ -189,22 +189,11 @@ def encoder(config: EncoderConfig) -> Model:
 
         x = drop(_embed(config, params["embed"], tokens, types), key, "embed")
         keys = None if key is None else jax.random.split(fold_name(key, "layers"), config.layers)
-        x = _run(config, layer, x, params["layers"], keys)
+        unroll = min(config.unroll, config.layers)
+        x, _ = run_layers(layer, x, params["layers"], keys, unroll=unroll)
         return x.astype(wide(x.dtype))
 
     return Model(_spec(config), apply)
-
-
-def _run(
-    config: EncoderConfig, layer: Layer, x: jax.Array, params: PyTree, keys: jax.Array | None
-) -> jax.Array:
-    """Run one layer after the other on x [B, T, D]."""
-    if config.stacked:
-        unroll = min(config.unroll, config.layers)
-        return lax.scan(layer, x, (params, keys), unroll=unroll)[0]
-    for i, part in enumerate(params):
-        x, _ = layer(x, (part, None if keys is None else keys[i]))
-    return x
 
 
 def _norm(

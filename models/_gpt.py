@@ -9,7 +9,6 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
@@ -18,6 +17,7 @@ from fnml.models._attention import causal_attention
 from fnml.models._config import at_least, one_of, rate, refuse
 from fnml.models._dropout import dropout
 from fnml.models._embed import embed
+from fnml.models._layers import apart, run_layers
 from fnml.models._linear import linear, linears
 from fnml.models._moe import Routes, moe
 from fnml.models._rms_norm import rms_norm
@@ -73,6 +73,10 @@ class GPTConfig:
     unroll: int = 8
     """The most layers per turn of the loop over layers. An unrolled step is faster on a CPU
     and has the same bits; 1 keeps a deep model's program small."""
+    stacked: bool = True
+    """Whether the layers' parameters lie stacked along a leading axis, or apart in a list. On a CPU
+    XLA copies each layer's matrices out of a stack, and their gradients into one. The program grows
+    with depth; the results are the same to rounding."""
 
     def __post_init__(self) -> None:
         sizes = ("vocab", "width", "layers", "heads", "context", "unroll")
@@ -120,7 +124,7 @@ class GPTConfig:
 
 
 def _spec(config: GPTConfig) -> PyTree:
-    """Describe the parameters; all layers lie stacked along a leading axis."""
+    """Describe the parameters; the layers lie stacked along a leading axis, or apart."""
     L, D, M, V = config.layers, config.width, config.hidden, config.vocab
     H, K, Dh = config.heads, config.groups, config.head_width
 
@@ -157,6 +161,8 @@ def _spec(config: GPTConfig) -> PyTree:
     if config.experts is not None:
         # Small, so that at first all experts are about equally likely.
         spec["layers"]["mlp"]["router"] = stacked((D, *E), ("embed", None), 0.02)
+    if not config.stacked:
+        spec["layers"] = apart(spec["layers"])
     if not config.tied:
         head = Param((D, V), ("embed", "vocab"), jax.nn.initializers.normal(0.02))
         spec["head"] = {"kernel": head}
@@ -227,7 +233,7 @@ def read_logits(config: GPTConfig, params: PyTree, x: jax.Array) -> jax.Array:
 def _scan(config: GPTConfig, layer: Layer) -> Layer:
     """Run one layer after the other."""
     unroll = min(config.unroll, config.layers)
-    return lambda x, stacked: lax.scan(layer, x, stacked, unroll=unroll)
+    return lambda x, inputs: run_layers(layer, x, *inputs, unroll=unroll)
 
 
 def gpt(
@@ -242,7 +248,7 @@ def gpt(
 
     ``tokens`` are int [B, T] with T up to ``context``, logits [B, T, V] float32. Dropout happens
     only with a ``key``. The layers' parameters are stacked and run by ``lax.scan``, so compile
-    time does not grow with depth. A layer names ``"attention_out"`` and ``"mlp_out"`` for
+    time does not grow with depth, unless ``config.stacked`` is off. A layer names ``"attention_out"`` and ``"mlp_out"`` for
     ``jax.checkpoint`` policies.
 
     With ``experts``, ``apply(..., balance=True)`` returns ``(logits, balance)``: a
@@ -271,7 +277,8 @@ def gpt(
 
     Raises:
       ShapeError: ``tokens`` are not [B, T], or longer than ``context``.
-      ConfigError: the balance of a model without experts is asked for.
+      ConfigError: the balance of a model without experts is asked for, or ``layers`` are given for
+        parameters that are not stacked.
 
     >>> import jax, jax.numpy as jnp
     >>> from fnml.core import init
@@ -280,6 +287,10 @@ def gpt(
     (3, 5, 11)
     """
 
+    if layers is not None and not config.stacked:
+        raise ConfigError(
+            "gpt got layers= for a config with stacked=False: what runs layers elsewhere takes a stack"
+        )
     run: Layers = layers or functools.partial(_scan, config)
 
     def apply(

@@ -9,6 +9,7 @@ from jax import lax
 
 from fnml.core import ConfigError, ShapeError
 from fnml.models._gpt import GPTConfig, embed_tokens, finish_layer, project_heads, read_logits
+from fnml.models._layers import run_layers
 from fnml.models._rope import rotation
 from fnml.pallas_kernels import decode_attention, quantize_cache
 
@@ -120,7 +121,7 @@ def gpt_decode(config: GPTConfig) -> Decode:
             return finish_layer(config, params, x, attended)[0], new
 
         x = embed_tokens(config, params, tokens)
-        x, cache = lax.scan(layer, x, (params["layers"], cache))
+        x, cache = run_layers(layer, x, params["layers"], cache, unroll=1)
         logits = read_logits(config, params, x)
         fits = (t == 1) | (position + t <= S)
         return jnp.where(fits, logits, jnp.nan), cache

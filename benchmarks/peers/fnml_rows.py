@@ -59,9 +59,9 @@ def training(
 
 def _gpt(problem: Problem, variant: str) -> tuple[State, Callable]:
     keep_memory()
-    config = models.GPTConfig(**problem.config)
-    model = models.gpt(config)
-    params = jax.tree.map(lambda p, x: x.reshape(p.shape), model.spec, problem.weights)
+    model = models.gpt(models.GPTConfig(**problem.config, stacked=False))
+    weights = problem.weights | {"layers": layers(problem)}
+    params = jax.tree.map(lambda p, x: x.reshape(p.shape), model.spec, weights)
 
     def loss_fn(params: PyTree, batch: Any, key: jax.Array) -> tuple[jax.Array, Metrics]:
         tokens, targets = batch

@@ -8,12 +8,12 @@
 
 namespace fnml::tiled {
 
+using tiles::Cut;
+using tiles::cut;
+using tiles::join;
 using tiles::kBlock;
 using tiles::kDepth;
-using tiles::kParts;
 using tiles::kSide;
-using tiles::kTile;
-using tiles::Words;
 
 // A packed operand: panels of kSide rows or columns, `apart` words from one to the next.
 struct Panels {
@@ -26,39 +26,6 @@ struct Panels {
 };
 
 inline std::int64_t whole(std::int64_t depth) { return blocks(depth, kDepth) * kDepth; }
-
-// The three parts of a vector's numbers, in the upper halves of words; the lower ones are to be
-// left out.
-struct Cut {
-  Words part[kParts];
-};
-
-// The first part is the nearest bfloat16 number. Of what remains, of 16 binary digits at most, the
-// second has the first eight and the third the others. `odd` becomes NaN where a number is not
-// finite, or no bfloat16 number is near it.
-inline Cut cut(Vec x, Vec& odd) {
-  const auto upper = [](Words word) { return reinterpret_cast<Vec>(word & 0xffff0000u); };
-  Cut to;
-  to.part[0] = reinterpret_cast<Words>(x) + 0x8000u;
-  const Vec rest = x - upper(to.part[0]);
-  to.part[1] = reinterpret_cast<Words>(rest);
-  const Vec last = rest - upper(to.part[1]);
-  to.part[2] = reinterpret_cast<Words>(last);
-  odd += last * 0.0f;
-  return to;
-}
-
-// Write words of pairs, the parts a tile apart.
-inline void join(const Cut& low, const Cut& high, float* to) {
-#pragma GCC unroll 3
-  for (int i = 0; i < kParts; ++i) {
-    constexpr int low_or_upper_high = 0xf8;  // a | (b & c)
-    const Words pairs = reinterpret_cast<Words>(_mm512_ternarylogic_epi32(
-        reinterpret_cast<__m512i>(low.part[i] >> 16), reinterpret_cast<__m512i>(high.part[i]),
-        _mm512_set1_epi32(static_cast<int>(0xffff0000u)), low_or_upper_high));
-    store(to + i * kTile, reinterpret_cast<Vec>(pairs));
-  }
-}
 
 // `count` rows of kSide numbers; missing ones are 0.
 struct Square {

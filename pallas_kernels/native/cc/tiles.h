@@ -49,21 +49,36 @@ class Registers {
 
 using Words = std::uint32_t __attribute__((vector_size(4 * kLanes)));
 
-// The nearest bfloat16 number, as a float.
-inline Vec rounded(Vec x) {
-  return reinterpret_cast<Vec>((reinterpret_cast<Words>(x) + 0x8000u) & 0xffff0000u);
+// The three parts of a vector's numbers, in the upper halves of words; the lower ones are to be
+// left out.
+struct Cut {
+  Words part[kParts];
+};
+
+// The first part is the nearest bfloat16 number. Of what remains, of 16 binary digits at most, the
+// second has the first eight and the third the others. `odd` becomes NaN where a number is not
+// finite, or no bfloat16 number is near it.
+inline Cut cut(Vec x, Vec& odd) {
+  const auto upper = [](Words word) { return reinterpret_cast<Vec>(word & 0xffff0000u); };
+  Cut to;
+  to.part[0] = reinterpret_cast<Words>(x) + 0x8000u;
+  const Vec rest = x - upper(to.part[0]);
+  to.part[1] = reinterpret_cast<Words>(rest);
+  const Vec last = rest - upper(to.part[1]);
+  to.part[2] = reinterpret_cast<Words>(last);
+  odd += last * 0.0f;
+  return to;
 }
 
-// Write the parts of two vectors as words of pairs, a tile apart. `odd` becomes NaN where a number
-// is not finite, or no bfloat16 number is near it.
-inline void split(Vec low, Vec high, float* to, Vec& odd) {
+// Write words of pairs, the parts a tile apart.
+inline void join(const Cut& low, const Cut& high, float* to) {
 #pragma GCC unroll 3
   for (int i = 0; i < kParts; ++i) {
-    const Vec a = i + 1 < kParts ? rounded(low) : low, b = i + 1 < kParts ? rounded(high) : high;
-    store(to + i * kTile,
-          reinterpret_cast<Vec>((reinterpret_cast<Words>(a) >> 16) | reinterpret_cast<Words>(b)));
-    if (i + 1 == kParts) odd += a * 0.0f, odd += b * 0.0f;
-    low -= a, high -= b;
+    constexpr int low_or_upper_high = 0xf8;  // a | (b & c)
+    const Words pairs = reinterpret_cast<Words>(_mm512_ternarylogic_epi32(
+        reinterpret_cast<__m512i>(low.part[i] >> 16), reinterpret_cast<__m512i>(high.part[i]),
+        _mm512_set1_epi32(static_cast<int>(0xffff0000u)), low_or_upper_high));
+    store(to + i * kTile, reinterpret_cast<Vec>(pairs));
   }
 }
 
@@ -73,13 +88,8 @@ struct Operand {
   std::int64_t row, column;
 };
 
-inline void turn(float* tile) {
-  Vec square[kSide];
-  for (int i = 0; i < kSide; ++i) square[i] = load(tile + i * kSide);
-  transpose(square);
-  for (int i = 0; i < kSide; ++i) store(tile + i * kSide, square[i]);
-}
-
+// Pack up to kSide rows of a left operand, or columns of a right one: words pair the numbers of the
+// lower and the upper half of a tile's depth.
 template <bool Left>
 void pack(Operand x, std::int64_t count, std::int64_t depth, float* to, Vec& odd) {
   for (std::int64_t k = 0; k < depth; k += kDepth, to += kBlock) {
@@ -95,20 +105,25 @@ void pack(Operand x, std::int64_t count, std::int64_t depth, float* to, Vec& odd
           whole[i * padded.row + j * padded.column] = from.at[i * from.row + j * from.column];
       from = padded;
     }
-    if (from.column == 1) {
-      for (int i = 0; i < kSide; ++i)
-        split(load(from.at + i * from.row), load(from.at + i * from.row + kSide), to + i * kSide,
-              odd);
-      if (!Left)
-        for (int i = 0; i < kParts; ++i) turn(to + i * kTile);
+    const bool along = from.column == 1;
+    const std::int64_t next = along ? from.row : from.column;
+    // The next panel's numbers: of rows, which lie apart, the processor fetches nothing ahead.
+    if (!along)
+      for (int j = 0; j < kDepth; ++j) __builtin_prefetch(from.at + j * next + kSide);
+    const auto read = [&](int i, int half) {
+      return load(from.at + i * next + half * kSide * from.column);
+    };
+    const auto write = [&](int i, Vec low, Vec high) {
+      join(cut(low, odd), cut(high, odd), to + i * kSide);
+    };
+    if (along == Left) {
+      for (int i = 0; i < kSide; ++i) write(i, read(i, 0), read(i, 1));
     } else {
-      // The next panel's numbers: of rows, which lie apart, the processor fetches nothing ahead.
-      for (int j = 0; j < kDepth; ++j) __builtin_prefetch(from.at + j * from.column + kSide);
-      for (int j = 0; j < kSide; ++j)
-        split(load(from.at + j * from.column), load(from.at + (j + kSide) * from.column),
-              to + j * kSide, odd);
-      if (Left)
-        for (int i = 0; i < kParts; ++i) turn(to + i * kTile);
+      Vec low[kSide], high[kSide];
+      for (int i = 0; i < kSide; ++i) low[i] = read(i, 0), high[i] = read(i, 1);
+      transpose(low);
+      transpose(high);
+      for (int i = 0; i < kSide; ++i) write(i, low[i], high[i]);
     }
   }
 }
