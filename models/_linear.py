@@ -23,9 +23,9 @@ from fnml.pallas_kernels.native import (
 
 _LEAST_IN_CPP = {"rows": 64, "inner": 64, "columns": 2}
 """The sizes from which all three products are faster in C++ than XLA's, measured on two cores with
-AVX-512: with fewer rows copying the kernel costs more than it gains. At 64 rows, on one thread and matrix tiles, 64 x 128 takes 0.7 and 128 x 128
-0.6 to 0.7 of the time of XLA's products, and without tiles as long as these. Kernels of 2 to 32
-columns, never on tiles, take 0.7 to 0.9 of it at 64 rows and 0.5 to 0.6 at 256 and more; one
+AVX-512: with fewer rows copying the kernel costs more than it gains. At 64 rows, on one thread and
+matrix tiles, 64 x 128 takes 0.7 and 128 x 128 0.6 to 0.7 of the time of XLA's products, and without
+tiles as long as these. Kernels of 2 to 32 columns, never on tiles, take 0.7 to 0.9 of it at 64 rows and 0.5 to 0.6 at 256 and more; one
 column takes 1.5 to 3.5 times as long."""
 
 _MOST_IN_CPP = 2**18
@@ -219,13 +219,19 @@ def linears(
     Law: ``linears(x, ws, bs)[i] == linear(x, ws[i], bs[i])`` bitwise, the gradients to rounding.
 
     Raises:
-      ShapeError: see :func:`linear`.
+      ShapeError: see :func:`linear`; or there are not as many biases as kernels.
 
     >>> import jax.numpy as jnp
     >>> [y.shape for y in linears(jnp.ones((2, 5, 3)), [jnp.ones((3, 4)), jnp.ones((3, 6))])]
     [(2, 5, 4), (2, 5, 6)]
     """
-    layers = list(zip(kernels, biases or [None] * len(kernels), strict=True))
+    biases = [None] * len(kernels) if biases is None else biases
+    if len(biases) != len(kernels):
+        raise ShapeError(
+            f"linears got {len(kernels)} kernels and {len(biases)} biases: expected one for each, "
+            "or None for none at all"
+        )
+    layers = list(zip(kernels, biases, strict=True))
     for kernel, bias in layers:
         _check(x, kernel, bias)
     rows = x.reshape(-1, x.shape[-1])

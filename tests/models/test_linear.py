@@ -5,7 +5,7 @@ import pytest
 from jax.test_util import check_grads
 
 from fnml.core import ShapeError
-from fnml.models import linear
+from fnml.models import linear, linears
 
 KEY = jax.random.key(0)
 
@@ -92,3 +92,9 @@ def test_wrong_shapes_are_named(x, kernel, bias):
     with pytest.raises(ShapeError, match="linear got") as error:
         linear(jnp.zeros(x), jnp.zeros(kernel), None if bias is None else jnp.zeros(bias))
     assert str(kernel) in str(error.value)
+
+
+@pytest.mark.parametrize("biases", [[], [jnp.zeros(3)]])
+def test_layers_want_a_bias_each_or_none_at_all(biases):
+    with pytest.raises(ShapeError, match=f"2 kernels and {len(biases)} biases"):
+        linears(jnp.ones((5, 2)), [jnp.ones((2, 3))] * 2, biases)

@@ -109,7 +109,7 @@ inline void add_up(const Problem& p, Range columns, Range depth) {
   });
 }
 
-// Numbers in memory, or none.
+// Where the rows of a block go.
 struct Rows {
   float* at;
   std::int64_t row;
