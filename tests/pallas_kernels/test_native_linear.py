@@ -274,6 +274,20 @@ def test_what_lies_beyond_a_narrow_row_does_not_count(columns):
         np.testing.assert_array_equal(value[..., 1:], expected[..., 1:])
 
 
+@pytest.mark.parametrize("depth", [1024, 2048])
+def test_rows_that_meet_in_the_cache_give_the_bits_of_those_read_in_place(depth):
+    # They are copied where more than one panel of 32 columns passes over them: 640 leave each of
+    # eight threads 80.
+    x, kernel, bias, grad = floats(*arrays(70, depth, 640))
+    whole = products(x, kernel, bias, grad, tiles=False)[0]
+    panel = products(x, kernel[:, :32], bias[:32], grad[:, :32], tiles=False)[0]
+    np.testing.assert_array_equal(whole[:, :32], panel)
+    x, kernel, bias, grad = floats(*arrays(70, 640, depth))
+    whole = products(x, kernel, bias, grad, tiles=False)[1]
+    panel = products(x[:, :32], kernel[:32], bias, grad, tiles=False)[1]
+    np.testing.assert_array_equal(whole[:, :32], panel)
+
+
 on_tiles = pytest.mark.skipif(
     bool(native_faults()) or not has_tiles(), reason="this processor has no tiles for bfloat16"
 )

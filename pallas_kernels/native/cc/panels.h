@@ -21,6 +21,9 @@ constexpr std::int64_t kHeight = 384;       // rows of C, where A is copied
 constexpr std::int64_t kDepth = 512;        // where A is read as it lies
 constexpr std::int64_t kCopiedDepth = 128;  // where A is copied
 
+// Rows that lie this far apart, or a multiple of it, meet in few sets of the first cache.
+constexpr std::int64_t kMeeting = 1024;
+
 // Turn kLanes rows of kLanes floats into columns.
 inline void turn(const float* from, std::int64_t row, float* to, std::int64_t to_row) {
   Vec square[kLanes];
@@ -150,16 +153,28 @@ inline void tile_of_c(const Problem& p, Range rows, Range columns, Range depth, 
     }
 }
 
+// Copy rows of A to where they do not meet.
+inline Matrix lay_apart(Matrix a, std::int64_t rows, std::int64_t depth, float* to) {
+  const std::int64_t row = depth + kLanes;
+  for (std::int64_t i = 0; i < rows; ++i)
+    std::memcpy(to + i * row, a.at + i * a.row, depth * sizeof(float));
+  return {to, row, 1};
+}
+
 // A block of B stays in the cache, and rows of A, which are contiguous, pass over it.
 inline void multiply_rows(const Problem& p, Range rows, Range columns) {
   const std::int64_t parts = blocks(p.depth, kDepth);
-  float* b = scratch((kColumns + kPanel) * kDepth);
+  constexpr std::int64_t most_b = (kColumns + kPanel) * kDepth;
+  float* b = scratch(most_b + kRows * (kDepth + kLanes));
+  float* left = b + most_b;
+  const bool meeting = p.a.row % kMeeting == 0 && columns.size() > kPanel;
   for (std::int64_t kc = 0; kc < parts; ++kc) {
     const Range depth = part({0, p.depth}, kc, parts, 1);
     const auto panel = [&](Range some) { return b + (some.start - columns.start) * depth.size(); };
     each(columns, kPanel, [&](Range some) { copy_panel(p, depth, some, panel(some)); });
     each(rows, kRows, [&](Range tile) {
-      const Matrix a{p.a.at + tile.start * p.a.row + depth.start, p.a.row, 1};
+      Matrix a{p.a.at + tile.start * p.a.row + depth.start, p.a.row, 1};
+      if (meeting) a = lay_apart(a, tile.size(), depth.size(), left);
       each(columns, kPanel, [&](Range some) { tile_of_c(p, tile, some, depth, a, panel(some)); });
     });
   }
