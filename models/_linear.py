@@ -25,8 +25,8 @@ _LEAST_IN_CPP = {"rows": 64, "inner": 64, "columns": 2}
 """The sizes from which all three products are faster in C++ than XLA's, measured on two cores with
 AVX-512: with fewer rows copying the kernel costs more than it gains. At 64 rows, on one thread and
 matrix tiles, 64 x 128 takes 0.7 and 128 x 128 0.6 to 0.7 of the time of XLA's products, and without
-tiles as long as these. Kernels of 2 to 32 columns, never on tiles, take 0.7 to 0.9 of it at 64 rows and 0.5 to 0.6 at 256 and more; one
-column takes 1.5 to 3.5 times as long."""
+tiles as long as these. Kernels of 2 to 32 columns, never on tiles, take 0.7 to 0.9 of it at 64 rows
+and 0.5 to 0.6 at 256 and more; one column takes 1.5 to 3.5 times as long."""
 
 _MOST_IN_CPP = 2**18
 """The numbers of a kernel up to which they are without matrix tiles: of 256 x 704 the kernel's gradient
