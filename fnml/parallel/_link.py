@@ -10,6 +10,7 @@ from typing import Any
 from fnml.parallel._awake import Awake
 
 _LONGEST = 1 << 20  # bytes of a line; a report on a thousand processes has a tenth of it
+_ENDED = "its launcher has ended"
 
 
 class Link:
@@ -40,16 +41,16 @@ class Link:
                     self._word = True
                     if message:
                         self._messages.put(message)
-            self._broken = self._broken or "its launcher has ended"
+            self._broken = self._broken or _ENDED
         except (OSError, ValueError, TypeError, RecursionError) as error:
-            self._broken = self._broken or f"the connection broke ({error})"
+            self._broken = self._broken or _why(error)
 
     def send(self, message: dict[str, Any] | None = None) -> None:
         """Send a message, by default a mere beat; a broken line is told by :attr:`lost`."""
         try:
             self._socket.sendall(json.dumps(message or {}).encode() + b"\n")
         except OSError as error:
-            self._broken = self._broken or f"the connection broke ({error})"
+            self._broken = self._broken or _why(error)
 
     def receive(self, timeout: float = 0.0) -> dict[str, Any] | None:
         """Return the next message, or ``None`` if none comes in time."""
@@ -74,6 +75,14 @@ class Link:
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
+
+
+def _why(error: Exception) -> str:
+    """Say what an error of a connection means."""
+    # A process that ends with words unread leaves a reset (or a broken pipe) instead of an end.
+    if isinstance(error, (ConnectionResetError, BrokenPipeError)):
+        return _ENDED
+    return f"the connection broke ({error})"
 
 
 def connect(address: tuple[str, int], silence: float, timeout: float) -> Link:
