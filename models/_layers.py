@@ -23,6 +23,7 @@ def run_layers(
     """
     if not isinstance(params, list):
         return lax.scan(layer, x, (params, others), unroll=unroll)
+    layer = jax.jit(layer)  # traced and differentiated once, not once for each layer
     results = []
     for i, part in enumerate(params):
         x, result = layer(x, (part, jax.tree.map(lambda stack, i=i: stack[i], others)))

@@ -35,8 +35,14 @@ def rotation(positions: jax.Array | np.ndarray, width: int, *, base: float = 10_
     if width % 2:
         raise ShapeError(f"a rotary embedding got heads of width {width}: expected an even width")
     if isinstance(positions, np.ndarray):
-        with jax.ensure_compile_time_eval():
-            return rotation(jnp.asarray(positions, jnp.int32), width, base=base)
+        # One program for all of it: what is traced around takes no part.
+        positions = positions.astype(np.int32)
+        lowered = jax.jit(_rotation, static_argnums=(1, 2)).lower(positions, width, base)
+        return Rotation(*lowered.compile()(positions))
+    return _rotation(positions, width, base)
+
+
+def _rotation(positions: jax.Array, width: int, base: float) -> Rotation:
     frequencies = base ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
     angles = jnp.expand_dims(positions.astype(jnp.float32), -1) * frequencies.reshape(
         (1,) * positions.ndim + (-1,)

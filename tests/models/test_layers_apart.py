@@ -49,6 +49,30 @@ def test_a_gpt_computes_the_same_with_its_layers_apart(experts):
     close(found[1], out)
 
 
+def test_layers_apart_are_traced_and_differentiated_once():
+    traced = {"forward": 0, "backward": 0}
+
+    @jax.custom_vjp
+    def attention(q, k, v):
+        traced["forward"] += 1
+        return q + k + v
+
+    def forward(q, k, v):
+        return attention(q, k, v), None
+
+    def backward(_, grad):
+        traced["backward"] += 1
+        return grad, grad, grad
+
+    attention.defvjp(forward, backward)
+    config = dataclasses.replace(STACKED, dropout=0.0, kv_heads=4, stacked=False)
+    model = gpt(config, attention=attention)
+    params = init(model.spec, jax.random.key(0))
+    jax.jit(jax.grad(lambda params: model.apply(params, TOKENS).sum())).lower(params)
+    assert traced["backward"] == 1
+    assert traced["forward"] <= 2  # as it is, and as its derivative calls it
+
+
 def test_a_gpt_with_its_layers_apart_decodes_as_it_applies():
     config = dataclasses.replace(STACKED, dropout=0.0, stacked=False)
     params = init(gpt(config).spec, jax.random.key(0))

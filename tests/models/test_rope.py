@@ -61,3 +61,10 @@ def test_numpy_positions_are_constants_with_the_bits_of_the_program():
     jax.tree.map(np.testing.assert_array_equal, constant(), computed())
     assert "cosine" in computed.lower().as_text()
     assert "cosine" not in constant.lower().as_text()
+
+
+def test_a_constant_rotation_is_computed_by_one_program(caplog):
+    with jax.log_compiles():
+        jax.jit(lambda: rotation(np.arange(71), 8)).lower()
+    compiled = [r.getMessage() for r in caplog.records if "Finished XLA" in r.getMessage()]
+    assert len(compiled) == 1, compiled
