@@ -1,6 +1,6 @@
 """What does ``fit`` cost, and what does ``fuse`` gain, against a hand-written jitted loop?
 
-Run: ``python benchmarks/overhead.py`` (about two minutes on two cores). The hand-written loop
+Run: ``python benchmarks/overhead.py`` (about five minutes on two cores). The hand-written loop
 gathers its batches inline, donates, and reads the loss every 50 steps, as ``fit`` does. The
 contestants take turns in one process; what is timed lies between the first reading of the loss and
 the last, so compilation is not. The table shows the medians of their steps per second and of the
@@ -131,7 +131,7 @@ def rate(marks: list[tuple[int, float]]) -> float:
 def main() -> None:
     """Measure and print one table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", choices=["mlp", "gpt"])
     parser.add_argument("--json", type=Path, help="where to write the table and the machine")
     options = parser.parse_args()
