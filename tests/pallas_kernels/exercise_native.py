@@ -1,8 +1,8 @@
 """Run all C++ bodies of a library: ``exercise_native.py LIBRARY run|compare|plant``.
 
 ``run`` computes values and gradients, each by a program of its own, so that every operand and
-result is a block of memory of its own for AddressSanitizer to guard. ``compare`` computes the same
-without C++ too and compares. ``plant`` calls one body with a result that is a number too short.
+result is a block of memory of its own for AddressSanitizer to guard, with matrix tiles and without. ``compare``
+computes the same without C++ too and compares. ``plant`` calls one body with a result that is a number too short.
 """
 
 import sys
@@ -45,6 +45,9 @@ def cases() -> Iterator[tuple[Callable, tuple[tuple[int, ...], ...]]]:
         yield normalised, (x, scale, scale, x)
     # Several blocks of columns and of the depth.
     yield models.linear, ((65, 600), (600, 1100), (1100,))
+    # A kernel's gradient as the sum of two halves of the rows; layers that share their rows.
+    yield models.linear, ((1100, 80), (80, 100), (100,))
+    yield side_by_side, ((70, 65), (65, 64), (65, 100), (64,), (100,))
     # Fewer columns than a vector has, where the last rows must not be read whole.
     yield models.linear, ((65, 70), (70, 10), (10,))
     for size, channels, features, window, stride, padding in (
@@ -55,6 +58,12 @@ def cases() -> Iterator[tuple[Callable, tuple[tuple[int, ...], ...]]]:
     ):
         convolution = partial(models.conv2d, stride=stride, padding=padding)
         yield convolution, ((3, size, size, channels), (window, window, channels, features))
+
+
+def side_by_side(
+    x: jax.Array, first: jax.Array, second: jax.Array, *biases: jax.Array
+) -> jax.Array:
+    return jnp.concatenate(models.linears(x, [first, second], biases), axis=-1)
 
 
 def normalised(x: jax.Array, scale: jax.Array, bias: jax.Array, residual: jax.Array) -> jax.Array:
@@ -85,8 +94,9 @@ def main(library: Path, what: str) -> None:
     rng = np.random.default_rng(0)
     for function, shapes in cases():
         arrays = [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
-        with native_kernels(library):
-            found = value_and_gradients(function, arrays)
+        for tiles in (False, True):
+            with native_kernels(library, tiles=tiles):
+                found = value_and_gradients(function, arrays)
         if what == "compare":
             for x, y in zip(found, value_and_gradients(function, arrays), strict=True):
                 apart, size = float(jnp.linalg.norm((x - y).ravel())), float(jnp.linalg.norm(y))

@@ -7,9 +7,9 @@ import pytest
 from fewer_threads import printed_with_one_and_two
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from native_builds import scope, tiles_anyhow, with_tiles
 
 from fnml.pallas_kernels import attention, native_faults, native_kernels
-from fnml.pallas_kernels.native import has_tiles
 
 pytestmark = pytest.mark.skipif(bool(native_faults()), reason="; ".join(native_faults()))
 
@@ -87,7 +87,7 @@ def compare_with_the_textbook(B, T, S, H, K, D, left, right, *, tiles):
     given_arrays = arrays(B, T, S, H, K, D)
     wide = 10**6  # beyond either end is no bound
     window = (wide if left is None else left, wide if right is None else right)
-    with native_kernels(tiles=tiles):
+    with scope(tiles):
         found = with_gradients(
             *(jnp.asarray(x, jnp.float32) for x in given_arrays),
             window=None if left is None and right is None else window,
@@ -127,7 +127,8 @@ def test_what_a_query_does_not_see_changes_no_bit_and_a_nan_is_not_swallowed(D):
 
 
 on_tiles = pytest.mark.skipif(
-    bool(native_faults()) or not has_tiles(), reason="this processor has no tiles for bfloat16"
+    bool(native_faults()) or not tiles_anyhow(),
+    reason="this processor has no vectors of 16 to emulate tiles with",
 )
 
 
@@ -135,7 +136,7 @@ def on_and_off(given_arrays):
     """Return the results with tiles and without."""
     x = [jnp.asarray(x, jnp.float32) for x in given_arrays]
     for tiles in (True, False):
-        with native_kernels(tiles=tiles):
+        with native_kernels(with_tiles(), tiles=tiles):
             yield with_gradients(*x, causal=True, implementation="native")
 
 

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from native_builds import EMULATED, NATIVE, build
 
 from fnml.core import ConfigError
 from fnml.pallas_kernels import build_native, native_faults, native_kernels
@@ -60,21 +61,6 @@ def test_a_folder_that_is_off_is_refused_unless_another_is_given(tmp_path, monke
         build_native()
 
 
-def _build(place, *options):
-    """Compile the bodies as :func:`build_native` does, but for other options of the compiler."""
-    kept = [x for x in _library.flags() if not x.startswith(("-march", "-mcpu", "-O"))]
-    sources = sorted(_library.SOURCES.glob("*.cc"))
-    library = place / f"libfnml-{'-'.join(options).strip('-')}.so"
-    done = subprocess.run(
-        [_library.compiler(), *kept, "-O1", "-shared", *options, *sources, "-o", library],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return library
-
-
 def _exercise(library, what, **environment):
     return subprocess.run(
         [sys.executable, Path(__file__).parent / "exercise_native.py", library, what],
@@ -90,8 +76,8 @@ def test_with_shorter_vectors_it_compiles_without_a_warning_and_gives_the_same(t
     if os.uname().machine != "x86_64":
         pytest.skip("these are options for x86-64")
     # Vectors of 4 are compiled only.
-    _build(tmp_path, "-Werror", "-fsyntax-only", "-march=x86-64")
-    done = _exercise(_build(tmp_path, "-Werror", "-mavx2", "-mfma"), "compare")
+    build(tmp_path, "-Werror", "-fsyntax-only", "-march=x86-64")
+    done = _exercise(build(tmp_path, "-Werror", "-mavx2", "-mfma"), "compare")
     assert done.returncode == 0 and "done" in done.stdout, done.stderr[-3000:]
 
 
@@ -101,8 +87,7 @@ def test_no_body_leaves_its_memory(tmp_path):
     runtime = subprocess.run(name, capture_output=True, text=True, check=False).stdout.strip()
     if not Path(runtime).is_absolute():
         pytest.skip("the compiler's AddressSanitizer is not there")
-    native = [x for x in _library.flags() if x.startswith(("-march", "-mcpu"))]
-    library = _build(tmp_path, *native, "-g", "-fsanitize=address")
+    library = build(tmp_path, *NATIVE, "-g", "-fsanitize=address", EMULATED)
     environment = {"LD_PRELOAD": f"{runtime}:libstdc++.so.6", "ASAN_OPTIONS": "detect_leaks=0"}
     done = _exercise(library, "run", **environment)
     assert done.returncode == 0 and "done" in done.stdout, done.stderr[-3000:]

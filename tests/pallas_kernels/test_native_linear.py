@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from native_builds import scope, tiles_anyhow, with_tiles
 
 from fnml.models import linear, linears
-from fnml.pallas_kernels import native_faults, native_kernels
+from fnml.pallas_kernels import build_native, native_faults, native_kernels
 from fnml.pallas_kernels.native import (
     faults_of,
-    has_tiles,
     linear_forward,
     linear_input_gradient,
     linear_kernel_gradient,
@@ -39,9 +39,9 @@ def floats(*given_arrays):
     return [jnp.asarray(x, jnp.float32) for x in given_arrays]
 
 
-def products(x, kernel, bias, grad, *, tiles=True):
+def products(x, kernel, bias, grad, *, tiles=True, library=None):
     """Run the three C++ products, whatever their sizes."""
-    with native_kernels(tiles=tiles):
+    with native_kernels(library, tiles=tiles) if library else scope(tiles):
         (out,) = linear_forward(x, [kernel], [bias])
         (grad_kernel,), (grad_bias,) = linear_kernel_gradient(x, [grad], biased=[True])
         return out, linear_input_gradient([kernel], [grad]), grad_kernel, grad_bias
@@ -132,7 +132,7 @@ def test_layers_of_the_same_rows_have_their_own_results(rows, widths, biased, ti
         out, back = jax.vjp(linears, x, kernels, biases)
         return out, back(grads)
 
-    with native_kernels(tiles=tiles):
+    with scope(tiles):
         lowered = jax.jit(together).lower(x, kernels, biases).as_text()
         assert lowered.count("@fnml_linear_forward") <= 1 < len(widths)
         out, (grad_x, grad_kernels, grad_biases) = jax.jit(together)(x, kernels, biases)
@@ -172,7 +172,7 @@ def test_layers_with_numbers_that_tiles_cannot_hold(where, odd):
     grads = tuple(g.at[3, 5].set(odd) if i == where else g for i, g in enumerate(grads))
     found = []
     for tiles in (True, False):
-        with native_kernels(tiles=tiles):
+        with native_kernels(with_tiles(), tiles=tiles):
             found.append(linear_input_gradient(kernels, grads))
             found.append(linear_kernel_gradient(x, grads, biased=[False] * 3)[0])
     np.testing.assert_array_equal(found[0], found[2])
@@ -289,7 +289,8 @@ def test_rows_that_meet_in_the_cache_give_the_bits_of_those_read_in_place(depth)
 
 
 on_tiles = pytest.mark.skipif(
-    bool(native_faults()) or not has_tiles(), reason="this processor has no tiles for bfloat16"
+    bool(native_faults()) or not tiles_anyhow(),
+    reason="this processor has no vectors of 16 to emulate tiles with",
 )
 
 
@@ -325,7 +326,7 @@ def test_numbers_that_tiles_cannot_hold_are_multiplied_without(odd, where):
     given_arrays = dict(zip(("x", "kernel", "bias", "grad"), arrays(70, 80, 90), strict=True))
     given_arrays[where][-1, -1] = odd
     changed = floats(*given_arrays.values())
-    on, off = products(*changed), products(*changed, tiles=False)
+    on, off = (products(*changed, tiles=tiles, library=with_tiles()) for tiles in (True, False))
     touched = {"x": (0, 2), "kernel": (0, 1), "grad": (1, 2)}[where]
     for i in touched:
         np.testing.assert_array_equal(on[i], off[i])
@@ -335,7 +336,7 @@ def test_numbers_that_tiles_cannot_hold_are_multiplied_without(odd, where):
 def test_large_kernels_are_taken_with_tiles_only():
     x, kernel = jnp.ones((128, 512)), jnp.ones((512, 513))
     for tiles in (True, False):
-        with native_kernels(tiles=tiles):
+        with scope(tiles):
             assert (TAKEN in jax.jit(lambda *a: linear(*a)).lower(x, kernel).as_text()) == tiles
 
 
@@ -350,7 +351,7 @@ def digest():
     """Return a hash of all three products at sizes that threads share."""
     total = hashlib.sha256()
     for N, D, F in [(700, 96, 176), (150, 70, 260), (1100, 70, 90)]:
-        for value in products(*floats(*arrays(N, D, F))):
+        for value in products(*floats(*arrays(N, D, F)), library=build_native()):
             total.update(np.asarray(value).tobytes())
     return total.hexdigest()
 

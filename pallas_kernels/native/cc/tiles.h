@@ -5,14 +5,18 @@
 // below 2^-24 of the product, as is one rounding. Henry, Tang and Heinecke 2019, arXiv:1904.06376.
 #pragma once
 
-#if defined(__AMX_BF16__) && defined(__AVX512F__) && defined(__linux__)
+#if defined(__AVX512F__) && \
+    (defined(FNML_EMULATED_TILES) || (defined(__AMX_BF16__) && defined(__linux__)))
 #define FNML_TILES 1
 
+#include "vector.h"
+#ifdef FNML_EMULATED_TILES
+#include "emulated_tiles.h"
+#else
 #include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
-
-#include "vector.h"
+#endif
 
 namespace fnml::tiles {
 
@@ -24,9 +28,13 @@ constexpr int kBlock = kParts * kTile;  // words of a panel, kSide rows or colum
 
 // Ask the system for the tiles: whether this process may use them.
 inline bool allowed() {
+#ifdef FNML_EMULATED_TILES
+  return true;
+#else
   constexpr int request = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   static const bool answer = syscall(SYS_arch_prctl, request, tile_data) == 0;
   return answer;
+#endif
 }
 
 // All tiles of this thread have 16 rows of 64 bytes while this lives.
